@@ -1,0 +1,34 @@
+# Two commands do all the set-up: `make image` paints a picture, `make test` runs the tests.
+PROMPT ?= an oil painting of a fox
+OUT ?= picture.png
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: image test lint clean
+
+image: .venv/installed
+	@$(BIN)/atelier paint "$(subst ",\",$(PROMPT))" --out "$(OUT)"
+
+test: .venv/tested
+	$(BIN)/python -m pytest
+
+lint: .venv/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A folder without pip is what an interrupted or pip-less `venv` leaves: it is made again.
+.venv/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Atelier needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv --clear .venv
+
+.venv/installed: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/tested: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ .venv/installed
+
+clean:
+	rm -rf .venv

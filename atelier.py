@@ -1,0 +1,147 @@
+"""The front door: `atelier PROMPT` paints, and a first word that is a command is that command.
+
+Nothing heavy is imported here: a room is loaded when its command is called.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Paint:
+    """Paints pictures from a prompt."""
+
+    prompt: tyro.conf.Positional[str]
+    """What to paint, such as "an oil painting of a fox"."""
+    out: Path = Path("picture.png")
+    """The file to write; several pictures get -1, -2, … before its ending."""
+    model: str | None = None
+    """Model folder, training run or hub id; the bundled model by default."""
+    seed: int | None = None
+    """Picture i is painted from the noise of seed + i; random by default."""
+    count: int = 1
+    """How many pictures."""
+    steps: int | None = None
+    """Sampler steps; the model's own by default."""
+    guidance: float | None = None
+    """Guidance scale, 1 is none; the model's own by default."""
+    negative: str | None = None
+    """What to steer away from."""
+    sampler: str | None = None
+    """ddpm, ddim, euler, euler_ancestral, heun or dpmpp_2m."""
+    width: int | None = None
+    """In pixels."""
+    height: int | None = None
+    """In pixels."""
+    device: str | None = None
+    """cuda, mps or cpu; the first of these that is there by default."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights."""
+
+    def run(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"--count {self.count}: expected at least 1")
+        if not self.out.suffix:
+            raise ValueError(f"--out {self.out} has no ending that names a format: for instance {self.out}.png")
+        import torch
+
+        from pipelines import TextToImagePipeline
+
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        pipe = TextToImagePipeline.from_pretrained(self.model, device=self.device, dtype=dtype)
+        print(f"painting on {pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
+        output = pipe(
+            self.prompt,
+            height=self.height,
+            width=self.width,
+            steps=self.steps,
+            guidance_scale=self.guidance,
+            negative_prompt=self.negative,
+            num_images_per_prompt=self.count,
+            seed=self.seed,
+            sampler=self.sampler,
+        )
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(output.images, 1):
+            file = self.out if self.count == 1 else self.out.with_stem(f"{self.out.stem}-{i}")
+            image.save(file)
+            print(file)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Shows what a source of captioned pictures holds, and three of its rows."""
+
+    data: tyro.conf.Positional[str]
+    """Folder, .parquet file, "shapes" or "pictograms"."""
+    size: int = 128
+    """Side in pixels to which pictures are brought."""
+    sheet: Path | None = None
+    """Write a contact sheet of 32 pictures to this file."""
+    font: str | None = None
+    """The colour emoji font's file, for pictograms."""
+
+    def run(self) -> None:
+        from train.data import describe, fit, open_source
+        from train.grid import grid
+
+        source = open_source(self.data, self.size, font=self.font)
+        print(describe(source, self.size))
+        if self.sheet:
+            chosen = [source[i * len(source) // 32] for i in range(min(32, len(source)))]
+            sheet = grid([fit(e.image, self.size) for e in chosen], [e.captions[0] for e in chosen], columns=8)
+            sheet.save(self.sheet)
+            print(self.sheet)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measures a model of pictograms: is each picture closest to its own object?"""
+
+    model: tyro.conf.Positional[str] = "bundled"
+    """Model folder, training run or hub id."""
+    out: Path = Path("evaluation")
+    """Folder for the sheets of samples and the figures."""
+    prompts: int = 100
+    """Prompts of training pairs; half as many of held-out pairs."""
+    seed: int = 0
+    font: str | None = None
+    """The colour emoji font's file."""
+
+    def run(self) -> None:
+        from train.evaluate import evaluate
+
+        evaluate(self.model, self.out, prompts=self.prompts, seed=self.seed, font=self.font)
+
+
+COMMANDS = {"paint": Paint, "data": Data, "evaluate": Evaluate}
+Command = (
+    Annotated[Paint, tyro.conf.subcommand("paint")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] not in COMMANDS and arguments[0] not in ("-h", "--help"):
+        arguments = ["paint", *arguments]  # anything else is a prompt
+    command = tyro.cli(
+        Command,
+        prog="atelier",
+        args=arguments,
+        description='Paints from a sentence: atelier "an oil painting of a fox" --out fox.png',
+    )
+    try:
+        command.run()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

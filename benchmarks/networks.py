@@ -1,0 +1,179 @@
+"""Our U-Net and autoencoder beside diffusers' on the same weights: time of a forward pass, and of one with backward.
+
+    python benchmarks/networks.py [--repeats 30] [--threads 2] [--device cuda]
+
+Both sides take turns within one run; what counts is the shortest time of each, and the ratio. Each side runs in plain
+and in `channels_last` memory format; a ratio compares the better of each. A guided sampling step is a batch of two, and
+ours keeps the keys and values of the text from step to step, as a pipeline does (`UNet.reuse_contexts`).
+"""
+
+import copy
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ldm.unet import UNet, UNetConfig
+from vae.autoencoder import Autoencoder, AutoencoderConfig
+
+UNETS = {  # name: config, latent side, tokens of text
+    "U-Net 64-128-192, 16x16x4 latents": (
+        UNetConfig(
+            block_out_channels=(64, 128, 192),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=256,
+            attention_head_dim=4,
+        ),
+        16,
+        77,
+    ),
+    "U-Net as SD 1.5, a fifth as wide, 32x32x4 latents": (
+        UNetConfig(block_out_channels=(64, 128, 256, 256), cross_attention_dim=768),
+        32,
+        77,
+    ),
+}
+AUTOENCODERS = {  # name: config, picture side
+    "autoencoder KL-f8 16-48-96-128, 128x128": (
+        AutoencoderConfig(block_out_channels=(16, 48, 96, 128), norm_num_groups=16, latent_channels=8),
+        128,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    repeats: int = 30  # turns of each side, after one that warms it up
+    threads: int = torch.get_num_threads()
+    device: str = "cpu"
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    machine = platform.processor() or platform.machine()
+    if options.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    elif (info := Path("/proc/cpuinfo")).exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        machine = names[0] if names else machine
+    print(f"{machine}, {options.threads} threads, torch {torch.__version__}, float32, shortest of {options.repeats}")
+    for name, (config, side, tokens) in UNETS.items():
+        unet(name, config, side, tokens, options)
+    for name, (autoencoder_config, side) in AUTOENCODERS.items():
+        autoencoder(name, autoencoder_config, side, options)
+
+
+def unet(name: str, config: UNetConfig, side: int, tokens: int, options: Options) -> None:
+    ours = UNet(config).to(options.device)
+    theirs = UNet2DConditionModel.from_config(config.to_dict()).to(options.device)
+    theirs.load_state_dict(ours.state_dict())
+    for batch, training in ((2, False), (16, False), (16, True)):
+        sample = torch.randn(batch, config.in_channels, side, side, device=options.device)
+        timestep = torch.randint(1000, (batch,), device=options.device)
+        text = torch.randn(batch, tokens, config.cross_attention_dim, device=options.device)
+
+        def predict(model: nn.Module, x: Tensor, timestep: Tensor = timestep, text: Tensor = text) -> Tensor:
+            return model(x, timestep, text)
+
+        def predict_theirs(model: nn.Module, x: Tensor, timestep: Tensor = timestep, text: Tensor = text) -> Tensor:
+            return model(x, timestep, text, return_dict=False)[0]
+
+        compare(name, batch, training, (ours, predict), (theirs, predict_theirs), sample, options)
+
+
+def autoencoder(name: str, config: AutoencoderConfig, side: int, options: Options) -> None:
+    ours = Autoencoder(config).to(options.device)
+    theirs = AutoencoderKL.from_config(config.to_dict()).to(options.device)
+    theirs.load_state_dict(ours.state_dict())
+    scale = config.scaling_factor
+
+    def decode(model: Any, latents: Tensor) -> Tensor:
+        return model.decode(latents)
+
+    def decode_theirs(model: Any, latents: Tensor) -> Tensor:
+        return model.decode(latents / scale, return_dict=False)[0]
+
+    def both(model: Any, images: Tensor) -> Tensor:
+        return model(images)[0]
+
+    def both_theirs(model: Any, images: Tensor) -> Tensor:
+        return model(images, return_dict=False)[0]
+
+    latents = torch.randn(1, config.latent_channels, side // ours.downscale, side // ours.downscale)
+    compare(f"{name}, decode", 1, False, (ours, decode), (theirs, decode_theirs), latents, options)
+    images = torch.rand(4, config.in_channels, side, side) * 2 - 1
+    compare(f"{name}, both ways", 4, True, (ours, both), (theirs, both_theirs), images, options)
+
+
+Side = tuple[nn.Module, Callable[[Any, Tensor], Tensor]]  # a network, and how to call it
+
+
+def compare(name: str, batch: int, training: bool, ours: Side, theirs: Side, x: Tensor, options: Options) -> None:
+    """Prints one row: milliseconds of both, their ratio, and how far the outputs are apart."""
+    x = x.to(options.device)
+    calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
+    with ExitStack() as scopes:
+        for side, (model, run) in {"ours": ours, "diffusers": theirs}.items():
+            for memory in (torch.contiguous_format, torch.channels_last):
+                candidate = copy.deepcopy(model).train(training).to(memory_format=memory)
+                if isinstance(candidate, UNet) and not training:
+                    scopes.enter_context(candidate.reuse_contexts())
+                pictures = x.contiguous(memory_format=memory)
+                calls[side, str(memory)] = (
+                    _backward(candidate, run, pictures) if training else _forward(candidate, run, pictures)
+                )
+        outputs = {side: call() for (side, _), call in calls.items()}
+        seconds = shortest(calls, options)
+    best = {side: min(time for (s, _), time in seconds.items() if s == side) for side in ("ours", "diffusers")}
+    apart = (outputs["ours"] - outputs["diffusers"]).abs().max().item()
+    print(
+        f"{name}, batch {batch}, {'forward and backward' if training else 'forward'}: "
+        f"ours {best['ours'] * 1e3:.1f} ms, diffusers {best['diffusers'] * 1e3:.1f} ms, "
+        f"{best['diffusers'] / best['ours']:.2f} times as fast (outputs differ by {apart:.0e})",
+        flush=True,
+    )
+
+
+def _forward(model: nn.Module, run: Callable[[Any, Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    return torch.no_grad()(lambda: run(model, x))
+
+
+def _backward(model: nn.Module, run: Callable[[Any, Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        model.zero_grad()
+        output = run(model, x)
+        output.square().mean().backward()
+        return output.detach()
+
+    return step
+
+
+def shortest(calls: Mapping[Any, Callable[[], Any]], options: Options) -> dict[Any, float]:
+    """Shortest wall-clock time of each in seconds; they take turns, so that a busy moment strikes all."""
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    for _ in range(max(options.repeats, 1)):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            times[key].append(time.perf_counter() - start)
+    return {key: min(values) for key, values in times.items()}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

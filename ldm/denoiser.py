@@ -1,0 +1,184 @@
+"""The one equation: a network F becomes the denoiser D(x, sigma, context), an estimate of E[x_0 | x].
+
+    x = x_0 + sigma * eps            D = c_skip * x + c_out * F(alpha * x, timestep(sigma), context)
+
+The schedule fixes alpha and the clock; what the network predicts fixes c_skip and c_out (docs/equations.md).
+The small functions below turn the estimate of x_0 into what else the papers speak of, all at x = x_0 + sigma * eps.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
+
+Denoise = Callable[[Tensor, Tensor | float], Tensor]  # (x [B, ...], sigma [B] or one number) -> estimate of x_0, like x
+Context = Mapping[str, Any]  # tensors, or dicts of tensors, named as UNet2DConditionModel.forward names its arguments
+
+
+class Coefficients(NamedTuple):
+    c_skip: Tensor
+    c_out: Tensor
+
+
+# Each from (alpha, sigma, d), in the shape of sigma; d is the standard deviation of the data.
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], Coefficients]] = {
+    "sample": lambda alpha, sigma, d: Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma)),
+    "epsilon": lambda alpha, sigma, d: Coefficients(torch.ones_like(sigma), -sigma),
+    "v": lambda alpha, sigma, d: Coefficients(alpha**2, -sigma * alpha),
+    "velocity": lambda alpha, sigma, d: Coefficients(alpha, -sigma * alpha),
+    "edm": lambda alpha, sigma, d: Coefficients(d**2 * alpha**2, d * sigma * alpha),
+}
+
+
+class Denoiser(nn.Module):
+    """A network in its preconditioning (arXiv:2206.00364, equation 7, of which the other predictions are cases).
+
+    Args:
+        network: called as network(alpha * x, timestep, **context), the first in the network's own dtype, the second
+            [B] in float32 or better; returns a tensor shaped as x.
+        schedule: gives alpha and the clock.
+        prediction: what the network's output means, one of PREDICTIONS: "sample" (x_0), "epsilon" (the noise),
+            "v" (arXiv:2202.00512), "velocity" (eps - x_0, arXiv:2209.03003) or "edm" (arXiv:2206.00364, table 1).
+        sigma_data: standard deviation of the data, for EDM; latents on the other paths have 1.
+
+    Raises:
+        ValueError: an unknown prediction, or one that does not fit the path.
+    """
+
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction: str, sigma_data: float = 1.0):
+        super().__init__()
+        _check_fit(schedule, prediction, sigma_data)
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        self.sigma_data = sigma_data
+
+    def forward(self, x: Tensor, sigma: Tensor | float, context: Context | None = None) -> Tensor:
+        """Estimate of x_0 from x = x_0 + sigma * eps.
+
+        Args:
+            x: [B, C, H, W].
+            sigma: noise level, [B] or one number.
+            context: keyword arguments of the network.
+
+        Returns:
+            [B, C, H, W] in float32, or in float64 where x is.
+        """
+        x, sigma = _wide(x), self._level(x, sigma)
+        scaled = _over(self.schedule.alpha(sigma), x) * x
+        weight = next(self.network.parameters(), None)
+        if weight is not None:
+            scaled = scaled.to(weight.dtype)
+        output = self.network(scaled, self.schedule.timestep(sigma), **(context or {}))
+        return self.to_sample(x, output, sigma)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """c_skip and c_out at noise level sigma, each in its shape."""
+        return PREDICTIONS[self.prediction](self.schedule.alpha(sigma), sigma, self.sigma_data)
+
+    def to_sample(self, x: Tensor, output: Tensor, sigma: Tensor | float) -> Tensor:
+        """Estimate of x_0 from the network's output at x; like x."""
+        x = _wide(x)
+        c_skip, c_out = self.coefficients(self._level(x, sigma))
+        return _over(c_skip, x) * x + _over(c_out, x) * output.to(x.dtype)
+
+    def to_output(self, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+        """The network's output at x that stands for an estimate of x_0: the inverse of `to_sample`."""
+        x = _wide(x)
+        c_skip, c_out = self.coefficients(self._level(x, sigma))
+        return (x0 - _over(c_skip, x) * x) / _over(c_out, x)
+
+    def network_target(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+        """What the network should put out at x = x0 + sigma * noise; like x0."""
+        x0 = _wide(x0)
+        return self.to_output(x0 + _over(self._level(x0, sigma), x0) * noise, x0, sigma)
+
+    @staticmethod
+    def _level(x: Tensor, sigma: Tensor | float) -> Tensor:
+        """Sigma as [B], on x's device, in float32 or better."""
+        dtype = _wide(x).dtype
+        if not isinstance(sigma, Tensor):
+            return torch.full((len(x),), sigma, dtype=dtype, device=x.device)
+        if sigma.ndim > 1 or sigma.numel() not in (1, len(x)):
+            raise ValueError(f"sigma should be one number or [{len(x)}], one for each of x; got {tuple(sigma.shape)}")
+        return sigma.to(x.device, dtype).expand(len(x))
+
+
+def epsilon_from(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+    """The noise in x if x_0 is the estimate; dx/dsigma of the probability flow (arXiv:2206.00364, equation 1)."""
+    return (x - x0) / _over(sigma, x)
+
+
+def score_from(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+    """Gradient of the log-density of x (Tweedie's formula). For that of x_t = alpha * x divide by alpha."""
+    return (x0 - x) / _over(sigma, x) ** 2
+
+
+def v_from(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+    """v = alpha_t eps - sigma_t x_0 where alpha_t² + sigma_t² = 1: variance preserving (arXiv:2202.00512, app. D)."""
+    sigma = _over(sigma, x)
+    return ((x - x0) / sigma - sigma * x0) / (1 + sigma**2) ** 0.5
+
+
+def velocity_from(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+    """Velocity eps - x_0 of the straight path (arXiv:2209.03003)."""
+    return (x - x0) / _over(sigma, x) - x0
+
+
+def sample_from_epsilon(x: Tensor, epsilon: Tensor, sigma: Tensor | float) -> Tensor:
+    """Estimate of x_0 from one of the noise: the inverse of `epsilon_from`."""
+    return x - _over(sigma, x) * epsilon
+
+
+def sample_from_score(x: Tensor, score: Tensor, sigma: Tensor | float) -> Tensor:
+    """Estimate of x_0 from the score at x (Tweedie's formula): the inverse of `score_from`."""
+    return x + _over(sigma, x) ** 2 * score
+
+
+def sample_from_v(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
+    """Estimate of x_0 from v: the inverse of `v_from`."""
+    sigma = _over(sigma, x)
+    return x / (1 + sigma**2) - sigma / (1 + sigma**2) ** 0.5 * v
+
+
+def sample_from_velocity(x: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
+    """Estimate of x_0 from the velocity: the inverse of `velocity_from`."""
+    sigma = _over(sigma, x)
+    return (x - sigma * velocity) / (1 + sigma)
+
+
+def _check_fit(schedule: NoiseSchedule, prediction: str, sigma_data: float) -> None:
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction should be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+    path = type(schedule).__name__
+    d = schedule.sigma_data if isinstance(schedule, EDM) else 1.0
+    if sigma_data != d:
+        raise ValueError(f"sigma_data is {d} on this {path} schedule, got sigma_data={sigma_data}: give both the same")
+    # v and velocity are sums of x_0 and eps whose factors belong to one path.
+    unit = isinstance(schedule, VariancePreserving) or (isinstance(schedule, EDM) and d == 1)
+    if prediction == "v" and not unit:
+        raise ValueError(f"v-prediction needs alpha² = 1 / (1 + sigma²), which is VariancePreserving; got {path}")
+    if prediction == "velocity" and not isinstance(schedule, RectifiedFlow):
+        raise ValueError(f"velocity is that of the straight path, which is RectifiedFlow; got {path}")
+    if prediction == "edm" and isinstance(schedule, RectifiedFlow):
+        raise ValueError(f"edm-prediction needs alpha² = 1 / (d² + sigma²), which is EDM; got {path}")
+    if prediction == "epsilon" and schedule.clamped:
+        raise ValueError(
+            f"this {path} schedule ends in pure noise, where its noise says nothing about x_0 and an error of epsilon "
+            f"grows by sigma = {schedule.sigma_max:g}: take sample, or v or velocity where they fit"
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least: nothing outside the network is computed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _over(values: Tensor | float, x: Tensor) -> Tensor | float:
+    """Values [B] shaped to multiply x [B, ...]; one number stays one number."""
+    if isinstance(values, Tensor) and values.ndim:
+        return values.view(-1, *[1] * (x.ndim - 1))
+    return values

@@ -1,0 +1,90 @@
+"""Guidance: a denoiser bent towards its condition. It wraps D and returns a D; no sampler knows of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.denoiser import Context, Denoise, Denoiser
+
+
+def classifier_free(
+    denoiser: Denoiser,
+    cond: Context,
+    uncond: Context,
+    scale: float,
+    *,
+    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
+) -> Denoise:
+    """Classifier-free guidance (arXiv:2207.12598, equation 6, with scale = w + 1): uncond + scale * (cond - uncond).
+
+    Guiding is linear, so on estimates of x_0 it is what it is on epsilon or v. Both contexts go through the network in
+    one batch of 2 B; where only the condition counts (scale 1, or sigma outside the interval), it alone does.
+
+    Args:
+        denoiser: the model; `rescale` needs to know what its network puts out.
+        cond, uncond: contexts of the same names and shapes, batch B.
+        scale: 1 is the condition alone, 0 the null alone.
+        rescale: how far, 0 to 1, the standard deviation of each picture's guided network output is brought back to
+            that of the conditional one (arXiv:2305.08891, section 3.4; diffusers' guidance_rescale). Taken on
+            what the network puts out (epsilon, v, ...), as there: on x_0 it would be something else.
+        interval: (low, high): guide only where low < sigma <= high (arXiv:2404.07724).
+
+    Returns:
+        (x [B, C, H, W], sigma) -> estimate of x_0.
+
+    Raises:
+        ValueError: contexts that differ in names or shapes, rescale outside 0 to 1, an empty interval.
+    """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale should be between 0 and 1, got {rescale}")
+    low, high = interval or (-1.0, float("inf"))
+    if not low < high:
+        raise ValueError(f"interval should be (low, high) with low < high, in sigma; got {interval}")
+    both = _joined(uncond, cond)
+
+    def denoise(x: Tensor, sigma: Tensor | float) -> Tensor:
+        inside = (low < sigma) & (sigma <= high) if isinstance(sigma, Tensor) else torch.tensor(low < sigma <= high)
+        if scale == 1 or not bool(inside.any()):
+            return denoiser(x, sigma, cond)
+        twice = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+        x0_uncond, x0_cond = denoiser(torch.cat([x, x]), twice, both).chunk(2)
+        guided = x0_uncond + scale * (x0_cond - x0_uncond)
+        if rescale:
+            wanted, output = denoiser.to_output(x, x0_cond, sigma), denoiser.to_output(x, guided, sigma)
+            ratio = _deviation(wanted) / _deviation(output)
+            guided = denoiser.to_sample(x, output * (rescale * ratio + 1 - rescale), sigma)
+        if bool(inside.all()):
+            return guided
+        return torch.where(inside.to(x.device).view(-1, *[1] * (x.ndim - 1)), guided, x0_cond)
+
+    return denoise
+
+
+def _joined(uncond: Mapping[str, Any], cond: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """Both contexts as one batch, the null first."""
+    if uncond.keys() != cond.keys():
+        raise ValueError(
+            f"guidance needs the same names in both contexts{name and ' at ' + name}: the condition has "
+            f"{sorted(cond)}, the null {sorted(uncond)}"
+        )
+    joined: dict[str, Any] = {}
+    for key, value in cond.items():
+        null = uncond[key]
+        if isinstance(value, Mapping):
+            joined[key] = _joined(null, value, key)
+        elif value.shape != null.shape:
+            raise ValueError(
+                f"guidance needs {key} of one shape: the condition has {tuple(value.shape)}, the null "
+                f"{tuple(null.shape)}; encode both to the same batch and length"
+            )
+        else:
+            joined[key] = torch.cat([null, value])
+    return joined
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Standard deviation of each picture: [B, 1, 1, 1]."""
+    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)

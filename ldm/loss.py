@@ -1,0 +1,241 @@
+"""The training loss: how noise levels are drawn, how they are weighted, and the square error of x_0 under both.
+
+A distribution of levels is its quantile function, from uniform numbers u to sigma, so that a draw is a pure function of
+the numbers it is given. A weight is a function of sigma on the square error of x_0. docs/equations.md has both tables.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.denoiser import Context, Denoiser
+from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
+
+Weight = Callable[[Tensor], Tensor]  # sigma [B] -> weight [B] on the square error of x_0
+
+
+@dataclass(frozen=True)
+class UniformTime:
+    """Time drawn evenly: a row of the beta table (DDPM, arXiv:2006.11239, algorithm 1); t between 0 and 1 on the flow
+    (arXiv:2209.03003); log(sigma) between the two ends of EDM."""
+
+    schedule: NoiseSchedule
+
+    def sigma(self, u: Tensor) -> Tensor:
+        """Noise level at uniform numbers u inside (0, 1); of u's shape, float32 or better."""
+        u, schedule = _inside(u), self.schedule
+        if isinstance(schedule, VariancePreserving):
+            return schedule.sigma((u * schedule.entries).floor())
+        if isinstance(schedule, EDM):
+            return schedule.sigma_min * (schedule.sigma_max / schedule.sigma_min) ** u
+        return schedule.clamp(schedule.sigma(u))
+
+    def density(self, sigma: Tensor) -> Tensor:
+        """Probability density of log(sigma); of sigma's shape. Rows of a table have none."""
+        if isinstance(self.schedule, RectifiedFlow):
+            return sigma / (1 + sigma) ** 2  # log(sigma) is the logit of t, so its distribution is the logistic one
+        if isinstance(self.schedule, EDM):
+            return torch.full_like(sigma, 1 / math.log(self.schedule.sigma_max / self.schedule.sigma_min))
+        raise ValueError("the rows of a beta table have no density: take their own ELBO weight, DiscreteELBO")
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """log(sigma) normal with this mean and standard deviation (EDM, arXiv:2206.00364, table 1).
+
+    With a schedule, levels are cut to the range where its clock tells them apart.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+    schedule: NoiseSchedule | None = None
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std of the training noise should be above 0, got {self.std}")
+
+    def sigma(self, u: Tensor) -> Tensor:
+        """Noise level at uniform numbers u inside (0, 1); of u's shape, float32 or better."""
+        sigma = (self.mean + self.std * torch.special.ndtri(_inside(u))).exp()
+        return self.schedule.clamp(sigma) if self.schedule else sigma
+
+    def density(self, sigma: Tensor) -> Tensor:
+        """Probability density of log(sigma), before the cut; of sigma's shape."""
+        z = (sigma.log() - self.mean) / self.std
+        return (-(z**2) / 2).exp() / (self.std * math.sqrt(2 * math.pi))
+
+
+@dataclass(frozen=True)
+class LogitNormal(LogNormal):
+    """t of the flow logit-normal (arXiv:2403.03206, section 3.1): t = sigma / (1 + sigma), so sigma is log-normal."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+TrainingNoise = UniformTime | LogNormal
+
+
+@dataclass(frozen=True)
+class X0:
+    """The plain square error of x_0."""
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """1 / c_out²: the plain square error of what the network puts out (DDPM's simple loss, where that is epsilon)."""
+
+    denoiser: Denoiser
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return self.denoiser.coefficients(sigma).c_out ** -2
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """Signal-to-noise ratio, at most gamma (arXiv:2303.09556): the same for epsilon and v on x_0's error.
+
+    It fades as sigma grows; floor keeps it from going below (a step of pure noise would not be trained at all).
+    """
+
+    gamma: float = 5.0
+    floor: float = 0.0
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return (sigma**-2).clamp(self.floor, self.gamma)
+
+
+@dataclass(frozen=True)
+class EDMWeight:
+    """(sigma² + d²) / (sigma d)², d the standard deviation of the data (arXiv:2206.00364, table 1)."""
+
+    sigma_data: float = 1.0
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+
+@dataclass(frozen=True)
+class DiscreteELBO:
+    """Each row's term of the variational bound, (sigma_s⁻² - sigma_t⁻²) / 2, s the row before t (VDM,
+    arXiv:2107.00630, the discrete-time loss). Summed over the rows: the bound in nats per dimension, up to constants.
+
+    Before the first row comes the data, decoded by a Gaussian of the first row's variance: sigma_0⁻² / 2.
+    """
+
+    schedule: NoiseSchedule
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, VariancePreserving):
+            raise ValueError(
+                f"DiscreteELBO needs a beta table, got {type(self.schedule).__name__}: take ContinuousELBO"
+            )
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        snr = self.schedule.entry(torch.arange(self.schedule.entries)) ** -2
+        terms = torch.cat([snr[:1], snr[:-1] - snr[1:]]) / 2
+        row = self.schedule.timestep(sigma).round().long()
+        return terms.to(sigma.device, sigma.dtype)[row]
+
+
+@dataclass(frozen=True)
+class ContinuousELBO:
+    """sigma⁻² over the density of log(sigma): the mean over draws of `noise` is the integral of sigma⁻² d log(sigma),
+    the variational bound in continuous time (VDM, arXiv:2107.00630), in nats per dimension."""
+
+    noise: TrainingNoise
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return sigma**-2 / self.noise.density(sigma)
+
+
+NOISES = {"uniform": UniformTime, "log_normal": LogNormal, "logit_normal": LogitNormal}
+WEIGHTS = ("plain", "min_snr", "edm", "x0", "elbo")
+
+
+def training_noise(
+    name: str, schedule: NoiseSchedule, *, mean: float | None = None, std: float | None = None
+) -> TrainingNoise:
+    """Distribution of training noise by its name, one of NOISES, cut to the schedule's range.
+
+    Args:
+        mean, std: of log(sigma), which is the logit of the flow's t; None takes the paper's. Not for "uniform".
+
+    Raises:
+        ValueError: an unknown name, or a mean or std for "uniform".
+    """
+    if name not in NOISES:
+        raise ValueError(f"training noise should be one of {', '.join(NOISES)}; got {name!r}")
+    given = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    if name == "uniform":
+        if given:
+            raise ValueError(f"uniform training noise has no {' and no '.join(given)}: leave out, or take log_normal")
+        return UniformTime(schedule)
+    return (LogNormal if name == "log_normal" else LogitNormal)(**given, schedule=schedule)
+
+
+def training_weight(
+    name: str, denoiser: Denoiser, noise: TrainingNoise, *, gamma: float = 5.0, floor: float = 0.0
+) -> Weight:
+    """Weight of the loss by its name, one of WEIGHTS.
+
+    Args:
+        denoiser: gives the schedule, what the network predicts, and the data's standard deviation.
+        noise: the distribution in training, which the ELBO divides by.
+        gamma, floor: of "min_snr".
+
+    Raises:
+        ValueError: an unknown name; or min-SNR without a floor on a schedule that ends in pure noise, where its
+            weight, 6e-8, would leave the last step untrained.
+    """
+    if name == "plain":
+        return Plain(denoiser)
+    if name == "edm":
+        return EDMWeight(denoiser.sigma_data)
+    if name == "x0":
+        return X0()
+    if name == "elbo":
+        table = isinstance(noise, UniformTime) and isinstance(noise.schedule, VariancePreserving)
+        return DiscreteELBO(denoiser.schedule) if table else ContinuousELBO(noise)
+    if name == "min_snr":
+        if denoiser.schedule.clamped and floor <= 0:
+            raise ValueError(
+                "min-SNR gives pure noise no weight, and this schedule ends in it: its last step would stay untrained; "
+                "give a floor, 0.01 for instance, or take the plain weight"
+            )
+        return MinSNR(gamma, floor)
+    raise ValueError(f"weight should be one of {', '.join(WEIGHTS)}; got {name!r}")
+
+
+def denoising_loss(
+    denoiser: Denoiser, x0: Tensor, context: Context | None, sigma: Tensor, noise: Tensor, weight: Weight
+) -> Tensor:
+    """Weighted square error of the denoiser at x = x0 + sigma * noise (arXiv:2206.00364, equation 2).
+
+    Args:
+        x0: clean latents, [B, C, H, W].
+        context: keyword arguments of the network.
+        sigma: noise levels, [B].
+        noise: standard normal, like x0.
+        weight: on the square error of x_0.
+
+    Returns:
+        [B]: the mean over C, H, W, times the weight; float32 or better.
+    """
+    shape = (-1, *[1] * (x0.ndim - 1))
+    x0 = x0 if x0.dtype == torch.float64 else x0.float()
+    x = x0 + sigma.to(x0).view(shape) * noise
+    square = (denoiser(x, sigma, context) - x0) ** 2
+    return weight(sigma) * square.flatten(1).mean(1)
+
+
+def _inside(u: Tensor) -> Tensor:
+    """u in float32 or better, kept off 0 and 1, which a generator may give and where a quantile is infinite."""
+    u = u if u.dtype == torch.float64 else u.float()
+    return u.clamp(2**-24, 1 - 2**-24)

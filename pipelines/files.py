@@ -1,0 +1,90 @@
+"""Networks as folders: config.json and safetensors, read with errors that say what to do."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vae.autoencoder import Autoencoder
+
+STEM = "diffusion_pytorch_model"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError naming the file when it is missing or broken."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: is {file.parent} a model folder, and is it complete?")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): copy or download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} should hold a JSON object, it holds a {type(value).__name__}")
+    return value
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_weights(folder: Path, stem: str = STEM) -> dict[str, Tensor]:
+    """All tensors of a network: one safetensors file, its shards, or its fp16 variant.
+
+    Raises ValueError when there is none (pickled weights are not opened), or when a file is truncated.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        files = [f for f in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors") if f.is_file()][:1]
+    if not files:
+        pickled = ", ".join(f.name for f in folder.glob("*.bin"))
+        raise ValueError(
+            f"no {stem}.safetensors in {folder}"
+            + (f"; {pickled} is pickled and may run code when opened: convert it to safetensors" if pickled else "")
+        )
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is broken or not complete ({error}): copy or download it again") from None
+    return weights
+
+
+def fill(network: nn.Module, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """Puts weights into a network built on the meta device; ValueError when names or shapes do not fit."""
+    try:
+        network.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {str(error)[:600]}") from None
+    return network.to(dtype or torch.float32).eval().requires_grad_(False)
+
+
+def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes config.json and the weights, stored as `dtype` (as they are by default), for diffusers to open."""
+    write_json(folder / "config.json", network.config.to_dict())  # type: ignore[operator, union-attr]
+    weights = {name: w.detach().to("cpu", dtype).contiguous() for name, w in network.state_dict().items()}
+    save_file(weights, folder / f"{STEM}.safetensors", metadata={"format": "pt"})
+
+
+def load_autoencoder(folder: Path, dtype: torch.dtype | None = None) -> Autoencoder:
+    """An `AutoencoderKL` folder, frozen; a training run's folder stands for its newest checkpoint."""
+    folder = newest(Path(folder))
+    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
+        folder = folder / "vae"
+    with torch.device("meta"):
+        vae = Autoencoder.from_config(read_json(folder / "config.json"))
+    return fill(vae, read_weights(folder), folder, dtype)  # type: ignore[return-value]
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint in a training run's folder; any other folder is itself."""
+    found = sorted(f for f in folder.glob("checkpoint-*") if f.is_dir())
+    return found[-1] if found else folder

@@ -1,0 +1,261 @@
+"""A model as a folder: the layout of StableDiffusionPipeline, and what that has no field for in atelier.json.
+
+This module alone knows checkpoint layouts. A model whose path, prediction or conditioning the layout can't say is saved
+without model_index.json, for Atelier alone; `for_atelier_alone` says why.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from conditioning.clip import ClipTextEncoder
+from conditioning.context import Unconditional
+from conditioning.labels import Labels
+from ldm.blocks import DIFFUSERS_VERSION
+from ldm.denoiser import Denoiser
+from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
+from ldm.unet import UNet
+from pipelines.files import fill, load_autoencoder, newest, read_json, read_weights, save_network, write_json
+from vae.autoencoder import Autoencoder, Identity
+
+BUNDLED = Path(__file__).parent / "bundled"
+BETAS: dict[str, Any] = {
+    "linear": VariancePreserving.linear,
+    "scaled_linear": VariancePreserving.scaled_linear,
+    "squaredcos_cap_v2": VariancePreserving.cosine,
+}
+PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a call takes when nothing is said, and what training left for the reader: atelier.json."""
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_interval: tuple[float, float] | None = None  # in sigma
+    sampler: str = ""  # "" takes the one of the scheduler's name
+    size: int | None = None  # side in pixels; None: the network's own
+    caption_dropout: float | None = None  # None: not recorded
+    data: str = ""  # what it was trained on
+
+
+@dataclass
+class Model:
+    """The parts of a latent diffusion model. `scheduler` is the config that says path, prediction and step spacing."""
+
+    unet: UNet
+    vae: Autoencoder | Identity
+    conditioner: ClipTextEncoder | Labels | Unconditional
+    scheduler: dict[str, Any]
+    defaults: Defaults = field(default_factory=Defaults)
+
+    def __post_init__(self) -> None:
+        self.schedule, self.prediction = schedule_from(self.scheduler)
+        self.denoiser = Denoiser(self.unet, self.schedule, self.prediction, self.scheduler.get("sigma_data", 1.0))
+
+    @property
+    def size(self) -> int:
+        """Side of the pictures it paints by default, in pixels."""
+        latent = self.unet.config.sample_size or 64
+        return self.defaults.size or (latent if isinstance(latent, int) else max(latent)) * self.vae.downscale
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        return (self.unet, self.vae, self.conditioner)
+
+
+def scheduler_config(path: str, prediction: str, *, sigma_data: float = 1.0, zero_snr: bool = False) -> dict[str, Any]:
+    """The scheduler config of a new model.
+
+    path: "scaled_linear" (Stable Diffusion), "linear", "cosine", "flow" or "edm". Beta tables become a complete
+    DDIMScheduler config, because readers fill in what is missing each in their own way.
+    """
+    if path in ("flow", "edm"):
+        return {"_class_name": "Atelier", "path": path, "prediction": prediction, "sigma_data": sigma_data}
+    name = {"cosine": "squaredcos_cap_v2"}.get(path, path)
+    types = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
+    if name not in BETAS or prediction not in types:
+        raise ValueError(
+            f"path {path!r} with prediction {prediction!r}: expected scaled_linear, linear or cosine with "
+            f"{', '.join(types)}; or flow or edm"
+        )
+    start, end = {"linear": (1e-4, 0.02)}.get(name, (0.00085, 0.012))
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "num_train_timesteps": 1000,
+        "beta_start": start,
+        "beta_end": end,
+        "beta_schedule": name,
+        "trained_betas": None,
+        "prediction_type": types[prediction],
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        "set_alpha_to_one": True,
+        "steps_offset": 1,
+        "timestep_spacing": "trailing",
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
+        "rescale_betas_zero_snr": zero_snr,
+    }
+
+
+def schedule_from(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
+    """(schedule, prediction) of a scheduler config; ValueError naming a value that is not implemented."""
+    if config.get("path") == "flow":
+        return RectifiedFlow(), config["prediction"]
+    if config.get("path") == "edm":
+        return EDM(config["sigma_data"]), config["prediction"]
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type={prediction!r} is not implemented: {', '.join(PREDICTION_TYPES)} are")
+    for key, only in (("thresholding", False), ("clip_sample", False)):
+        if config.get(key, only) != only and config.get("_class_name") != "PNDMScheduler":
+            raise ValueError(f"scheduler config: {key}={config[key]!r} is not implemented, set it to {only!r}")
+    if (betas := config.get("trained_betas")) is not None:
+        schedule = VariancePreserving(torch.tensor(betas, dtype=torch.float32))
+    else:
+        name, count = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
+        if name not in BETAS:
+            raise ValueError(f"beta_schedule={name!r} is not implemented: {', '.join(BETAS)} are")
+        ends = {k: float(config[k]) for k in ("beta_start", "beta_end") if k in config}
+        schedule = BETAS[name](num_train_timesteps=count, **({} if name == "squaredcos_cap_v2" else ends))
+    if config.get("rescale_betas_zero_snr"):
+        schedule = schedule.zero_terminal_snr()
+    return schedule, PREDICTION_TYPES[prediction]
+
+
+def for_atelier_alone(model: Model) -> str:
+    """Why no other tool can open this model, or "" when they can."""
+    if "path" in model.scheduler:
+        return f"the path {model.scheduler['path']!r} has no scheduler config in a Stable Diffusion folder"
+    if not isinstance(model.conditioner, ClipTextEncoder):
+        return f"its conditioning is {type(model.conditioner).__name__}, not a CLIP text encoder"
+    if not isinstance(model.vae, Autoencoder):
+        return "it works on pixels, without an autoencoder"
+    return ""
+
+
+def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the whole model; floating-point weights are stored as `dtype`, by default as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_network(model.unet, folder / "unet", dtype)
+    if isinstance(model.vae, Autoencoder):
+        save_network(model.vae, folder / "vae", dtype)
+    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler)
+    notes: dict[str, Any] = {**asdict(model.defaults), "vae": type(model.vae).__name__}
+    if isinstance(model.vae, Identity):
+        notes["channels"] = model.vae.latent_channels
+    if isinstance(model.conditioner, ClipTextEncoder):
+        model.conditioner.save(folder / "text_encoder", folder / "tokenizer", dtype)
+        notes["conditioning"] = "clip"
+    elif isinstance(model.conditioner, Labels):
+        notes |= {"conditioning": "labels", "labels": list(model.conditioner.names)}
+    else:
+        notes["conditioning"] = "none"
+    write_json(folder / "atelier.json", notes)
+    if not for_atelier_alone(model):
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": DIFFUSERS_VERSION,
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", model.scheduler["_class_name"]],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        write_json(folder / "model_index.json", index)
+
+
+def load_model(where: str | Path | None = None, *, device: torch.device | str = "cpu", **options: Any) -> Model:
+    """Opens a model folder, a training run's folder (its newest checkpoint), a hub id, or, for None, the bundled model.
+
+    options: dtype (of all networks; float32 by default), revision (of a hub id).
+    Raises ValueError when it is none of these, or something in it is missing, broken or not implemented.
+    """
+    dtype = options.pop("dtype", None) or torch.float32
+    folder = find_model(where, **options)
+    notes = read_json(folder / "atelier.json") if (folder / "atelier.json").is_file() else {}
+    if not notes and (folder / "model_index.json").is_file():
+        kind = read_json(folder / "model_index.json").get("_class_name")
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(f"{folder} holds a {kind}; only the layout of StableDiffusionPipeline is implemented")
+    with torch.device("meta"):
+        unet = UNet.from_config(read_json(folder / "unet" / "config.json"))
+    fill(unet, read_weights(folder / "unet"), folder / "unet", dtype)
+    pixels = notes.get("vae") == "Identity"
+    model = Model(
+        unet,
+        Identity(notes["channels"]) if pixels else load_autoencoder(folder / "vae", dtype),
+        load_conditioner(folder, notes, dtype),
+        read_json(folder / "scheduler" / "scheduler_config.json"),
+        _defaults(notes),
+    )
+    for part in model.parts():
+        part.to(device)
+    return model
+
+
+def load_conditioner(
+    folder: Path, notes: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> ClipTextEncoder | Labels | Unconditional:
+    """What conditions the model of a folder; its own kind is in atelier.json, otherwise it is a CLIP text encoder."""
+    kind = notes.get("conditioning", "clip")
+    if kind == "labels":
+        return Labels(notes["labels"])
+    if kind == "none":
+        return Unconditional()
+    return ClipTextEncoder.from_folder(folder / "text_encoder", folder / "tokenizer", dtype=dtype)
+
+
+def find_model(where: str | Path | None, *, revision: str | None = None) -> Path:
+    """The folder of a model: local, the bundled one for None, or fetched from the Hugging Face hub."""
+    if where is None or str(where) == "bundled":
+        if not (BUNDLED / "unet").is_dir():
+            raise ValueError(f"the bundled model is not in {BUNDLED}: install from a complete checkout")
+        return BUNDLED
+    path = Path(where).expanduser()
+    if path.is_dir():
+        folder = newest(path)
+        if not (folder / "unet" / "config.json").is_file():
+            held = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
+            raise ValueError(f"{folder} is no model folder: expected unet/, vae/ and scheduler/ in it, found {held}")
+        return folder
+    if path.exists() or str(where).count("/") != 1 or str(where).startswith((".", "/", "~")):
+        raise ValueError(
+            f"{where} is not a model folder: give a folder that has unet/, vae/ and scheduler/, a hub id such as "
+            "owner/name, or nothing for the bundled model"
+        )
+    return _download(str(where), revision)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    files = ["*.json", "*/*.json", "tokenizer/*.txt", "unet/*.safetensors", "vae/*.safetensors"]
+    try:
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=[*files, "text_encoder/*.safetensors"], ignore_patterns=["*fp16*"]
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{hub_id} is no folder here and could not be fetched from the hub ({type(error).__name__}: {error})"
+        ) from None
+    return Path(folder)
+
+
+def _defaults(notes: Mapping[str, Any]) -> Defaults:
+    known = {k: v for k, v in notes.items() if k in Defaults.__dataclass_fields__}
+    defaults = Defaults(**known)
+    interval = defaults.guidance_interval
+    return replace(defaults, guidance_interval=(interval[0], interval[1]) if interval else None)

@@ -1,0 +1,33 @@
+"""A PIL picture that remembers how it was painted, and writes that into the PNG it is saved as."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+
+class Picture(Image.Image):
+    """`settings` (prompt, seed and so on) go into the text chunks "prompt", "seed" and "atelier" (all, as JSON)."""
+
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, image: Image.Image, settings: dict[str, Any]) -> Self:
+        picture = cls()
+        picture.__setstate__(image.__getstate__())  # PIL's own way of copying a picture into another object
+        picture.settings = settings
+        return picture
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As PIL's, but for a PNG, which carries the settings; a `pnginfo` of the caller's stays as it is."""
+        name = "" if hasattr(fp, "write") else str(fp)
+        if (format or Path(name).suffix.lstrip(".")).lower() == "png" and "pnginfo" not in params:
+            chunks = PngInfo()
+            for key in ("prompt", "seed"):
+                if self.settings.get(key) is not None:
+                    chunks.add_itxt(key, str(self.settings[key]))
+            chunks.add_itxt("atelier", json.dumps(self.settings, ensure_ascii=False))
+            params["pnginfo"] = chunks
+        super().save(fp, format, **params)

@@ -1,0 +1,79 @@
+"""A whole tiny model of random weights, and pictures on the disk: what tests of the rooms above need."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
+from conditioning.tokenizer import ClipTokenizer
+from ldm.unet import UNet, UNetConfig
+from pipelines.folder import Defaults, Model, save_model, scheduler_config
+from vae.autoencoder import Autoencoder, AutoencoderConfig
+
+CAPTIONS = ["a red circle on a blue background", "a green square on a white background", "an oil painting of a fox"]
+
+
+def tiny_text_encoder() -> ClipTextEncoder:
+    torch.manual_seed(1)
+    tokenizer = ClipTokenizer.train(CAPTIONS * 4, size=600, length=16)
+    tower = ClipText(
+        ClipTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.prefix[0],
+            eos_token_id=tokenizer.suffix[0],
+            pad_token_id=tokenizer.pad,
+        )
+    )
+    return ClipTextEncoder(tower.eval().requires_grad_(False), tokenizer)
+
+
+def tiny_model(path: str = "scaled_linear", prediction: str = "epsilon") -> Model:
+    """4×4×4 latents of 16×16 pictures, widths 16 and 32: a fraction of a second for a picture."""
+    torch.manual_seed(0)
+    unet = UNet(
+        UNetConfig(
+            sample_size=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=2,
+            norm_num_groups=8,
+        )
+    )
+    vae = Autoencoder(
+        AutoencoderConfig(block_out_channels=(8, 8, 16), latent_channels=4, norm_num_groups=4, sample_size=16)
+    )
+    for network in (unet, vae):
+        network.eval().requires_grad_(False)
+    defaults = Defaults(steps=4, guidance_scale=3.0, caption_dropout=0.1, data="random weights")
+    return Model(unet, vae, tiny_text_encoder(), scheduler_config(path, prediction), defaults)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(tiny_model(), folder)
+    return folder
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Eight captioned pictures of one colour each."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for i, colour in enumerate(("red", "green", "blue", "white", "black", "yellow", "purple", "orange")):
+        Image.new("RGB", (16, 16), colour).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {colour} square"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

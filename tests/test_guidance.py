@@ -1,0 +1,128 @@
+"""Guidance against the formula, diffusers' rescaling, and a count of what the network is asked."""
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from torch import nn
+
+from ldm.denoiser import Denoiser
+from ldm.guidance import classifier_free
+from ldm.schedule import RectifiedFlow, VariancePreserving
+
+VP = VariancePreserving.scaled_linear()
+
+
+class Network(nn.Module):
+    """Depends on the picture, the clock and the words; counts the pictures it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None):
+        self.batches.append(len(sample))
+        words = encoder_hidden_states.mean((1, 2)) + timestep / 1000
+        if added_cond_kwargs:
+            words = words + added_cond_kwargs["text_embeds"].mean(1)
+        return torch.sin(2 * sample + words.view(-1, 1, 1, 1)) * (1 + words.view(-1, 1, 1, 1))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+COND = {"encoder_hidden_states": draw(3, 5, 4, seed=1) + 0.5}
+UNCOND = {"encoder_hidden_states": draw(3, 5, 4, seed=2) - 0.5}
+X = 3 * draw(3, 2, 6, 6, seed=3)
+
+
+def outputs(sigma, schedule=VP):
+    """The network's own two answers, as a pipeline of diffusers would ask for them."""
+    level = torch.full((3,), sigma, dtype=torch.float64)
+    scaled, t = schedule.alpha(level).view(3, 1, 1, 1) * X, schedule.timestep(level)
+    return tuple(Network()(scaled, t, **context) for context in (UNCOND, COND))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+def test_guiding_x0_is_guiding_the_output(prediction):
+    denoiser = Denoiser(Network(), VP, prediction)
+    guided = classifier_free(denoiser, COND, UNCOND, 7.5)(X, 2.0)
+    uncond, cond = outputs(2.0)
+    torch.testing.assert_close(guided, denoiser.to_sample(X, uncond + 7.5 * (cond - uncond), 2.0))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+def test_rescaling_is_that_of_diffusers(prediction, rescale):
+    denoiser = Denoiser(Network(), VP, prediction)
+    guided = classifier_free(denoiser, COND, UNCOND, 5.0, rescale=rescale)(X, 0.8)
+    uncond, cond = outputs(0.8)
+    wanted = rescale_noise_cfg(uncond + 5.0 * (cond - uncond), cond, guidance_rescale=rescale)
+    torch.testing.assert_close(guided, denoiser.to_sample(X, wanted, 0.8))
+
+
+def test_rescaling_on_x0_would_be_something_else():
+    denoiser = Denoiser(Network(), VP, "epsilon")
+    x0_uncond, x0_cond = denoiser(X, 0.8, UNCOND), denoiser(X, 0.8, COND)
+    on_x0 = rescale_noise_cfg(x0_uncond + 5.0 * (x0_cond - x0_uncond), x0_cond, guidance_rescale=0.7)
+    assert not torch.allclose(on_x0, classifier_free(denoiser, COND, UNCOND, 5.0, rescale=0.7)(X, 0.8), atol=1e-2)
+
+
+def test_both_contexts_go_through_in_one_batch_and_the_null_only_where_it_counts():
+    network = Network()
+    denoiser = Denoiser(network, VP, "v")
+    classifier_free(denoiser, COND, UNCOND, 3.0)(X, 1.0)
+    assert network.batches == [6]
+    network.batches.clear()
+    alone = classifier_free(denoiser, COND, UNCOND, 1.0)(X, 1.0)
+    assert network.batches == [3]
+    torch.testing.assert_close(alone, denoiser(X, 1.0, COND))
+    network.batches.clear()
+    limited = classifier_free(denoiser, COND, UNCOND, 3.0, rescale=0.5, interval=(0.1, 8.0))
+    for sigma, batch in ((0.05, 3), (0.1, 3), (0.2, 6), (8.0, 6), (8.1, 3), (14.0, 3)):
+        for level in (sigma, torch.tensor(sigma, dtype=torch.float64), torch.full((3,), sigma, dtype=torch.float64)):
+            network.batches.clear()
+            out = limited(X, level)
+            assert network.batches == [batch], (sigma, level)
+            if batch == 3:
+                torch.testing.assert_close(out, denoiser(X, sigma, COND))
+
+
+def test_levels_inside_and_outside_the_interval_in_one_batch():
+    denoiser = Denoiser(Network(), VP, "v")
+    sigma = torch.tensor([0.05, 1.0, 10.0], dtype=torch.float64)
+    out = classifier_free(denoiser, COND, UNCOND, 3.0, interval=(0.1, 8.0))(X, sigma)
+    plain, guided = denoiser(X, sigma, COND), classifier_free(denoiser, COND, UNCOND, 3.0)(X, sigma)
+    torch.testing.assert_close(out, torch.stack([plain[0], guided[1], plain[2]]))
+
+
+def test_guidance_on_the_flow():
+    denoiser = Denoiser(Network(), RectifiedFlow(), "velocity")
+    guided = classifier_free(denoiser, COND, UNCOND, 4.0, rescale=0.3)(X, 1.5)
+    uncond, cond = outputs(1.5, RectifiedFlow())
+    wanted = rescale_noise_cfg(uncond + 4.0 * (cond - uncond), cond, guidance_rescale=0.3)
+    torch.testing.assert_close(guided, denoiser.to_sample(X, wanted, 1.5))
+
+
+def test_nested_contexts():
+    extra = {"added_cond_kwargs": {"text_embeds": draw(3, 4, seed=5)}}
+    null = {"added_cond_kwargs": {"text_embeds": draw(3, 4, seed=6)}}
+    denoiser = Denoiser(Network(), VP, "v")
+    guided = classifier_free(denoiser, COND | extra, UNCOND | null, 2.0)(X, 1.0)
+    expected = 2 * denoiser(X, 1.0, COND | extra) - denoiser(X, 1.0, UNCOND | null)
+    torch.testing.assert_close(guided, expected)
+    with pytest.raises(ValueError, match=r"same names in both contexts at added_cond_kwargs"):
+        classifier_free(denoiser, COND | extra, UNCOND | {"added_cond_kwargs": {}}, 2.0)
+
+
+def test_bad_calls_say_what_was_got():
+    denoiser = Denoiser(Network(), VP, "v")
+    long = {"encoder_hidden_states": draw(3, 10, 4)}
+    with pytest.raises(ValueError, match=r"one shape: the condition has \(3, 10, 4\), the null \(3, 5, 4\)"):
+        classifier_free(denoiser, long, UNCOND, 3.0)
+    with pytest.raises(ValueError, match="same names"):
+        classifier_free(denoiser, COND | {"encoder_attention_mask": draw(3, 5)}, UNCOND, 3.0)
+    with pytest.raises(ValueError, match="rescale should be between 0 and 1"):
+        classifier_free(denoiser, COND, UNCOND, 3.0, rescale=1.5)
+    with pytest.raises(ValueError, match="low < high"):
+        classifier_free(denoiser, COND, UNCOND, 3.0, interval=(8.0, 0.1))

@@ -1,0 +1,178 @@
+"""The autoencoder's losses against their formulas, the discriminator against what it must be able to learn."""
+
+import builtins
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vae.autoencoder import Autoencoder, AutoencoderConfig, Posterior
+from vae.losses import (
+    LossWeights,
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_weight,
+    autoencoder_loss,
+    coarse_loss,
+    discriminator_loss,
+    generator_loss,
+    gradient_loss,
+    kl_loss,
+    load_perceptual,
+    pixel_loss,
+)
+
+
+def some_pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, 3, 8, 12, generator=generator), torch.rand(2, 3, 8, 12, generator=generator)
+
+
+def test_pixel_gradient_and_coarse_terms_are_their_formulas():
+    output, target = some_pictures()
+    error = (output - target).double()
+    for i in range(2):
+        along_y = sum(abs(error[i, :, y + 1] - error[i, :, y]).sum() for y in range(7)) / (3 * 7 * 12)
+        along_x = sum(abs(error[i, :, :, x + 1] - error[i, :, :, x]).sum() for x in range(11)) / (3 * 8 * 11)
+        squares = [error[i, c, y : y + 4, x : x + 4].mean().abs() for c in range(3) for y in (0, 4) for x in (0, 4, 8)]
+        assert pixel_loss(output, target)[i].item() == pytest.approx(error[i].abs().mean().item(), abs=1e-6)
+        assert gradient_loss(output, target)[i].item() == pytest.approx((along_y + along_x).item(), abs=1e-6)
+        assert coarse_loss(output, target)[i].item() == pytest.approx(sum(squares).item() / 18, abs=1e-6)
+
+
+def test_each_term_sees_what_it_is_for():
+    picture, _ = some_pictures()
+    assert gradient_loss(picture + 0.5, picture).max() < 1e-6  # a wrong colour has no wrong edge
+    checks = (torch.arange(8)[:, None] + torch.arange(12)) % 2 * 2.0 - 1
+    assert coarse_loss(picture + checks, picture).max() < 1e-6  # fine noise leaves the colours of areas
+    assert pixel_loss(picture + checks, picture).min() > 0.99
+
+
+def test_total_is_the_weighted_sum_of_the_terms():
+    output, target = some_pictures()
+    posterior = Posterior(torch.full((2, 4, 1, 2), 0.5), torch.zeros(2, 4, 1, 2))
+    weights = LossWeights(pixel=2.0, gradient=0.0, coarse=3.0, kl=0.1, perceptual=0.5)
+    perceptual = lambda a, b: (a - b).square().flatten(1).mean(1)  # noqa: E731
+    total, terms = autoencoder_loss(output, target, posterior, weights, perceptual)
+    assert terms.keys() == {"pixel", "coarse", "kl", "perceptual"}
+    assert all(term.shape == (2,) and not term.requires_grad for term in terms.values())
+    expected = 2 * terms["pixel"] + 3 * terms["coarse"] + 0.1 * terms["kl"] + 0.5 * terms["perceptual"]
+    assert total.item() == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert kl_loss(posterior).tolist() == pytest.approx([0.125, 0.125])  # mean² / 2 nats for each value
+    assert autoencoder_loss(output, target, posterior, LossWeights(0, 0, 0, 0))[0] == 0
+
+
+def test_kl_weight_of_latent_diffusion_in_our_units():
+    """LDM adds w * KL to the sum over pixels; divided by the number of pixel values that is the docstring's weight."""
+    posterior = Posterior(torch.randn(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
+    pixels = 3 * 16 * 16
+    ours = 1e-6 * 4 / (3 * 8**2) * kl_loss(posterior)
+    assert ours.item() == pytest.approx(1e-6 * posterior.kl().item() / pixels, rel=1e-5)
+
+
+def test_wrong_weights_and_a_missing_perceptual_loss_are_refused():
+    output, target = some_pictures()
+    posterior = Posterior(torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1))
+    with pytest.raises(ValueError, match="load_perceptual"):
+        autoencoder_loss(output, target, posterior, LossWeights(perceptual=1.0))
+    for value in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="kl"):
+            LossWeights(kl=value)
+
+
+def test_perceptual_loss_says_what_to_do_where_it_cannot_be_had(monkeypatch):
+    real_import = builtins.__import__
+
+    def without_lpips(name, *args, **kwargs):
+        if name == "lpips":
+            raise ImportError("No module named 'lpips'")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_lpips)
+    with pytest.raises(ValueError, match=r"pip install 'atelier-diffusion\[lpips\]'"):
+        load_perceptual()
+    with pytest.raises(ValueError, match="squeeze"):
+        load_perceptual("resnet")
+
+
+def test_hinge_losses_by_hand():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 1.0])
+    assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 2) / 3))
+    assert generator_loss(fake).item() == pytest.approx(2 / 3)
+
+
+def test_adaptive_weight_by_hand():
+    last = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    x = torch.tensor([1.0, -2.0])
+    reconstruction, adversarial = (last @ x).sum() * 6, (last @ x).square().sum() / 2
+    # gradients: 6 on every row times x, norm 6 * sqrt(2) * |x|; (W x) x^T, norm |W x| * |x|
+    expected = 6 * math.sqrt(2) * math.sqrt(5) / (math.sqrt(9 + 25) * math.sqrt(5) + 1e-4)
+    weight = adaptive_weight(reconstruction, adversarial, last)
+    assert weight.item() == pytest.approx(expected, rel=1e-6)
+    assert not weight.requires_grad
+    assert last.grad is None
+    assert adaptive_weight(reconstruction, adversarial * 1e-9, last, maximum=50.0).item() == 50.0
+    (reconstruction + weight * adversarial).backward()  # the graph is still there
+
+
+def test_adaptive_weight_makes_both_pull_equally_at_the_decoder():
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderConfig(block_out_channels=(8, 8), norm_num_groups=4))
+    critic = PatchDiscriminator(width=8, layers=1)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    output, posterior = model(images)
+    loss, _ = autoencoder_loss(output, images, posterior, LossWeights())
+    adversarial = generator_loss(critic(output))
+    weight = adaptive_weight(loss, adversarial, model.last_layer, eps=0.0)
+    norms = [
+        torch.autograd.grad(x, model.last_layer, retain_graph=True)[0].norm() for x in (loss, weight * adversarial)
+    ]
+    assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-5)
+
+
+def test_adversarial_term_starts_late():
+    weights = LossWeights(adversarial=0.5, adversarial_start=100)
+    assert [adversarial_weight(weights, step) for step in (0, 99, 100, 5000)] == [0.0, 0.0, 0.5, 0.5]
+    assert adversarial_weight(LossWeights(), 10**6) == 0.0
+
+
+@pytest.mark.parametrize("norm", ["group", "spectral"])
+def test_discriminator_learns_to_tell_noise_from_stripes(norm):
+    torch.manual_seed(0)
+    critic = PatchDiscriminator(width=8, layers=2, norm=norm)
+    stripes = (torch.arange(32) // 4 % 2 * 2.0 - 1).expand(4, 3, 32, 32)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = discriminator_loss(critic(stripes + 0.1 * torch.randn_like(stripes)), critic(torch.randn(4, 3, 32, 32)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    critic.eval()
+    assert critic(stripes).mean() - critic(torch.randn(4, 3, 32, 32)).mean() > 1
+
+
+@pytest.mark.parametrize(("layers", "patch"), [(2, 34), (3, 70)])
+def test_a_logit_sees_its_patch_only(layers, patch):
+    torch.manual_seed(0)
+    critic = PatchDiscriminator(width=4, layers=layers, norm="spectral").eval()
+    images = torch.randn(1, 3, 160, 160, requires_grad=True)
+    logits = critic(images)
+    middle = logits.shape[-1] // 2
+    logits[0, 0, middle, middle].backward()
+    seen = images.grad.abs().sum((0, 1)).sum(0).nonzero().flatten()
+    assert (seen.max() - seen.min() + 1).item() == patch
+
+
+def test_spectral_norm_bounds_every_layer():
+    critic = PatchDiscriminator(width=8, layers=2, norm="spectral")
+    for _ in range(50):
+        critic(torch.randn(1, 3, 32, 32))
+    for module in critic.modules():
+        if isinstance(module, nn.Conv2d):
+            assert torch.linalg.matrix_norm(module.weight.flatten(1), 2).item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="batch"):
+        PatchDiscriminator(norm="batch")

@@ -1,0 +1,270 @@
+"""Trains a CLIP from nothing on captioned pictures:  accelerate launch train/clip.py --data my_pictures/
+
+Its text tower becomes the text encoder of a text-to-image model, the whole of it judges pictures (Radford et al. 2021;
+model and loss are open_clip's). Reads top to bottom: settings, batches, then one loop. Every random draw is a function
+of (seed, update), so the same command goes on exactly where it was stopped, and one process or several see the same.
+
+In the output: text_encoder/ and tokenizer/, which transformers, diffusers and `train/ldm.py --text-encoder` open;
+clip/, for `train.clip_model.load_clip` and `open_clip.create_model("local-dir:...")`; the newest checkpoint; the logs.
+"""
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins while it waits starves the one it waits for
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from conditioning.tokenizer import ClipTokenizer
+from train.clip_model import WEIGHTS, Judge, save_clip, tokenise
+from train.config import parse
+from train.data import Pictures, describe, generator, open_source, read_pictures, to_unit
+from train.launch import MixedPrecision, start
+from train.state import learning_rate, resume, save_checkpoint
+
+MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one CLIP."""
+
+    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms" or "pictograms:all"; several joined by +
+    output: Path = Path("runs/clip")  # text encoder, tokenizer, CLIP, checkpoint and logs
+    size: int = 64  # side of the pictures that the picture tower sees, in pixels
+    views: int = 1  # how often each drawn pictogram is drawn, each time a little differently
+    jitter: float = 0.08  # pictures are moved and scaled by up to this share of their side
+    vocabulary: int = 1500  # tokens at most, learnt from the captions
+    context_length: int = 32  # tokens of a caption, start and end included
+    embed_dim: int = 128  # of the space where captions and pictures meet
+    text_width: int = 128
+    text_layers: int = 4
+    text_heads: int = 4
+    vision_layers: tuple[int, ...] = (1, 1, 1, 1)  # four numbers: open_clip's ModifiedResNet; one: a ViT
+    vision_width: int = 16
+    vision_head_width: int = 32  # channels of an attention head
+    patch_size: int = 8  # of a ViT, in pixels
+    updates: int = 600  # optimizer updates in all
+    batch_size: int = 128  # pictures in one update, on all processes together: their captions are told apart
+    learning_rate: float = 1e-3
+    warmup: int = 100  # updates of linear warm-up before the cosine
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest norm of the gradient
+    mixed_precision: MixedPrecision = "no"
+    seed: int = 0
+    measure_every: int = 50  # updates between measurements on pictures that are not trained on
+    checkpoint_every: int = 500  # updates
+    workers: int = 2  # processes that read pictures
+    cache: Path = Path("cache")  # decoded pictures
+    font: str | None = None  # the colour emoji font's file, for pictograms
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "measure_every", "checkpoint_every", "views"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+        if self.batch_size < 2:
+            raise ValueError(f"--batch-size is {self.batch_size}: expected at least 2, a caption to tell from another")
+        if not 514 <= self.vocabulary <= 4000:
+            raise ValueError(f"--vocabulary is {self.vocabulary}: expected 514 (every byte, start and end) to 4000")
+        if self.context_length < 3:
+            raise ValueError(f"--context-length is {self.context_length}: expected a token between start and end")
+        if self.text_width % self.text_heads:
+            raise ValueError(f"--text-width is {self.text_width}: expected a multiple of {self.text_heads} heads")
+        if len(self.vision_layers) not in (1, 4):
+            raise ValueError(f"--vision-layers is {self.vision_layers}: expected one number (ViT) or four (ResNet)")
+        patch = self.patch_size if len(self.vision_layers) == 1 else 32
+        if self.size % patch:
+            raise ValueError(f"--size is {self.size}: expected a multiple of {patch}, what the tower divides it by")
+
+    def arguments(self, tokens: int) -> dict[str, Any]:
+        """Those of `open_clip.CLIP`, as the config files of open_clip write them."""
+        layers: Any = self.vision_layers[0] if len(self.vision_layers) == 1 else list(self.vision_layers)
+        vision = {"image_size": self.size, "layers": layers, "width": self.vision_width}
+        text = {"context_length": self.context_length, "vocab_size": tokens, "width": self.text_width}
+        return {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": vision | {"head_width": self.vision_head_width, "patch_size": self.patch_size},
+            "text_cfg": text | {"heads": self.text_heads, "layers": self.text_layers},
+        }
+
+
+PRESETS = {
+    # First steps: about 3 minutes on 2 cores.
+    "shapes": Config(),
+    # The bundled model's text encoder: about 10 minutes on 2 cores that know bfloat16.
+    "bundled": Config(
+        data="pictograms+shapes",
+        output=Path("runs/bundled-clip"),
+        updates=3000,
+        warmup=200,
+        mixed_precision="bf16",
+    ),
+}
+
+
+def draw_pairs(pictures: Pictures, size: int, *numbers: int, fullest: bool = False) -> list[tuple[int, str]]:
+    """`size` pictures, each with one of its captions: a pure function of `numbers`, (seed, update).
+
+    No picture of a batch bears another's caption, as long as there are enough that differ: contrastive learning would
+    take a true pair for a wrong one. fullest: always a picture's first caption, instead of any.
+    """
+    draws = generator(*numbers)
+    order = torch.randperm(len(pictures.captions), generator=draws).tolist()
+    choice = torch.rand(len(order), generator=draws).tolist()
+    pairs: list[tuple[int, str]] = []
+    alike: list[tuple[int, str]] = []
+    chosen: set[str] = set()
+    borne: set[str] = set()
+    for i in order:
+        if len(pairs) == size:
+            break
+        captions = pictures.captions[i]
+        caption = captions[0 if fullest else int(choice[i] * len(captions))]
+        if caption in borne or not chosen.isdisjoint(captions):
+            alike.append((i, caption))
+            continue
+        pairs.append((i, caption))
+        chosen.add(caption)
+        borne.update(captions)
+    return pairs + alike[: size - len(pairs)]
+
+
+def jittered(images: Tensor, amount: float, draws: torch.Generator) -> Tensor:
+    """[B, 3, H, W], each picture moved and scaled by up to `amount` of its side; its border is drawn out."""
+    if not amount:
+        return images
+    scale, x, y = amount * (2 * torch.rand(3, len(images), generator=draws) - 1)
+    zero = torch.zeros_like(scale)
+    # Rows of [2, 3] maps from places in the new picture to places in the old one, which both run from -1 to 1.
+    maps = torch.stack([1 + scale, zero, 2 * x, zero, 1 + scale, 2 * y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def retrieval(judge: Judge, pictures: Pictures, pairs: list[tuple[int, str]]) -> float:
+    """The share of the pictures whose own caption is the closest of all in `pairs`."""
+    images = judge.encode_image(to_unit(pictures.pixels[[i for i, _ in pairs]]))
+    texts = judge.encode_text([caption for _, caption in pairs])
+    return float(((images @ texts.T).argmax(1).cpu() == torch.arange(len(pairs))).float().mean())
+
+
+def main(config: Config) -> Path:
+    accelerator = start(config.mixed_precision, log_with="tensorboard", project_dir=config.output)
+    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    if config.batch_size % processes:
+        raise ValueError(f"--batch-size is {config.batch_size}: expected a multiple of the {processes} processes")
+
+    # Drawn sets hold pictures out, which are measured; of other data, the same are trained on and measured.
+    with accelerator.local_main_process_first():
+        sources = [
+            open_source(config.data, config.size, split=split, font=config.font, views=config.views)
+            for split in ("train", "held_out")
+        ]
+        accelerator.print(describe(sources[0], config.size))
+        show = accelerator.is_main_process
+        pictures, unseen = (read_pictures(s, config.size, config.cache, workers=config.workers, progress=show)
+                            for s in sources)  # fmt: skip
+    exam = draw_pairs(unseen, min(256, len(unseen.keys)), config.seed, -1, fullest=True)
+
+    captions = sorted({caption for group in pictures.captions for caption in group})
+    tokenizer = ClipTokenizer.train(captions, config.vocabulary, length=config.context_length)
+    long = [caption for caption in captions if len(tokenizer.encode(caption)) > config.context_length - 2]
+    if long:
+        accelerator.print(
+            f"{len(long)} of {len(captions)} captions are cut at {config.context_length} tokens (--context-length), "
+            f"for instance {long[0]!r}"
+        )
+
+    torch.manual_seed(config.seed)
+    arguments = config.arguments(len(tokenizer))
+    layout = torch.channels_last  # narrow convolutions are faster so, in bfloat16 as well
+    network = open_clip.CLIP(**arguments).to(memory_format=layout)
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]  # gains, biases, the temperature: they do not decay
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+    )
+    update = 0
+    if found := resume(config.output, config, may_change=("workers", "cache", "font", "measure_every")):
+        folder, state = found
+        update = state["update"]
+        network.load_state_dict(load_file(folder / "clip" / WEIGHTS))
+        optimizer.load_state_dict(state["optimizer"])
+        accelerator.print(f"going on from {folder}")
+    model, optimizer = accelerator.prepare(network, optimizer)
+    contrast = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=processes)
+    accelerator.init_trackers("logs")
+    parameters = sum(p.numel() for p in network.parameters())
+    accelerator.print(f"{len(tokenizer)} tokens, {parameters / 1e6:.2f} M parameters, {config.updates} updates")
+
+    bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
+    while update < config.updates:
+        rate = learning_rate(update, peak=config.learning_rate, warmup=config.warmup, updates=config.updates)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # Each process draws the whole batch and takes its share: their number changes nothing.
+        pairs = draw_pairs(pictures, config.batch_size, config.seed, update)
+        images = to_unit(pictures.pixels[[i for i, _ in pairs]])
+        images = jittered(images, config.jitter, generator(config.seed, update, 1))[rank::processes]
+        ids = tokenise(tokenizer, [caption for _, caption in pairs[rank::processes]], config.context_length)
+
+        model.train()
+        seen, said, scale = model(images.to(device, memory_format=layout), ids.to(device))
+        loss = contrast(seen.float(), said.float(), scale)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss.item()} at update {update} (captions {[c for _, c in pairs[:3]]} …): lower "
+                f"--learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
+            )
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            network.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+        update += 1
+        bar.update()
+        if update % config.measure_every == 0 or update == config.updates:
+            right = (seen @ said.T).argmax(1) == torch.arange(len(seen), device=device)
+            numbers = {"loss": float(accelerator.reduce(loss.detach(), "mean"))}
+            numbers |= {"in_batch": float(right.float().mean()), "scale": scale.item()}
+            if accelerator.is_main_process:
+                numbers["retrieval"] = retrieval(Judge(network, tokenizer), unseen, exam)
+            accelerator.log(numbers | {"gradient_norm": float(norm), "learning_rate": rate}, update)
+            bar.set_postfix_str(" ".join(f"{name} {number:.3f}" for name, number in numbers.items()))
+        if update % config.checkpoint_every == 0 or update == config.updates:
+            if accelerator.is_main_process:
+                state = {"optimizer": optimizer.state_dict()}
+                save_checkpoint(
+                    config.output, update, lambda f: save_clip(f, network, arguments, tokenizer), state, config, keep=1
+                )
+            accelerator.wait_for_everyone()
+    bar.close()
+    if accelerator.is_main_process:
+        save_clip(config.output, network, arguments, tokenizer)
+        share = retrieval(Judge(network, tokenizer), unseen, exam)
+        print(f"done: {share:.1%} of {len(exam)} pictures are closest to their own caption; saved in {config.output}")
+    accelerator.end_training()
+    return config.output
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(Config, PRESETS, default="shapes"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

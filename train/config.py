@@ -1,0 +1,29 @@
+"""Settings from the command line: a frozen dataclass, one of its presets to start from, and flags over it."""
+
+import sys
+from collections.abc import Mapping
+from typing import TypeVar
+
+import tyro
+
+Settings = TypeVar("Settings")
+
+
+def parse(kind: type[Settings], presets: Mapping[str, Settings], *, default: str) -> Settings:
+    """`--preset NAME` chooses where to start, every other flag replaces a field.
+
+    Raises ValueError naming the presets when there is none of that name.
+    """
+    arguments, name = [], default
+    rest = iter(sys.argv[1:])
+    for argument in rest:
+        if argument == "--preset":
+            name = next(rest, "")
+        elif argument.startswith("--preset="):
+            name = argument.partition("=")[2]
+        else:
+            arguments.append(argument)
+    if name not in presets:
+        raise ValueError(f"--preset {name!r}: expected one of {', '.join(presets)}")
+    description = f"Presets, chosen by --preset (now {name}): {', '.join(presets)}."
+    return tyro.cli(kind, args=arguments, default=presets[name], description=description)

@@ -1,0 +1,344 @@
+"""Trains or fine-tunes a text-to-image model:  accelerate launch train/ldm.py --data my_pictures/
+
+Reads top to bottom: settings, presets, then one loop. Every random draw of the loop is a function of (seed, update,
+position in the global batch) and the order of the pictures one of (seed, epoch): a run that is started again with the
+same command goes on where its last checkpoint stands, and one process or several see the same batches.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+if not __package__:  # as a script, this folder is first on the path, where this very file would hide the package ldm
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins while it waits starves the one it waits for
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from conditioning.context import Unconditional
+from conditioning.labels import Labels
+from ldm.denoiser import Denoiser
+from ldm.loss import denoising_loss, training_noise, training_weight
+from ldm.unet import UNet, UNetConfig
+from pipelines.files import load_autoencoder, newest, read_weights
+from pipelines.folder import Defaults, Model, find_model, load_conditioner, load_model, save_model, scheduler_config
+from pipelines.text_to_image import TextToImagePipeline
+from train.cache import Latents, Texts, cache_latents
+from train.config import parse
+from train.data import batch_indices, describe, generator, open_source, permutation
+from train.grid import grid
+from train.launch import MixedPrecision, memory_format, start
+from train.state import EMA, learning_rate, resume, save_checkpoint
+from vae.autoencoder import Identity
+
+SMALL = UNetConfig(
+    block_out_channels=(64, 128),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    attention_head_dim=4,
+    norm_num_groups=16,
+)
+BUNDLED = replace(SMALL, block_out_channels=(128, 224))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one training run."""
+
+    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms" or "pictograms:all"; several joined by +
+    output: Path = Path("runs/shapes")  # checkpoints, sample grids and logs
+    model: str = ""  # model to fine-tune: folder, hub id or "bundled"; "" trains a new U-Net
+    unet: UNetConfig = SMALL  # the U-Net to train from nothing; its channels follow the autoencoder and the encoder
+    vae: str = "bundled"  # autoencoder of a new model: folder, "bundled", or "none" for pixels
+    text_encoder: str = "bundled"  # conditioning of a new model: model folder, "bundled", "labels" or "none"
+    path: Literal["scaled_linear", "linear", "cosine", "flow", "edm"] = "scaled_linear"
+    prediction: Literal["epsilon", "sample", "v", "velocity", "edm"] = "v"
+    zero_snr: bool = False  # rescale the betas to end in pure noise
+    noise: Literal["uniform", "log_normal", "logit_normal"] = "log_normal"  # distribution of training noise
+    noise_mean: float | None = 0.4  # of log(sigma)
+    noise_std: float | None = 1.4
+    weight: Literal["plain", "min_snr", "edm", "x0", "elbo"] = "plain"
+    caption_dropout: float = 0.1  # share of captions replaced by the null context, for classifier-free guidance
+    size: int | None = None  # side of the pictures in pixels; None: 128, or what the model was trained on
+    views: int = 1  # how often each drawn pictogram is drawn, each time a little differently
+    updates: int = 1200  # optimizer updates in all
+    batch_size: int = 32  # pictures in one step of one process
+    accumulate: int = 1  # steps in one update
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 100  # updates of linear warm-up
+    weight_decay: float = 0.0
+    ema_decay: float = 0.995
+    clip: float = 1.0  # largest norm of the gradient
+    mixed_precision: MixedPrecision = "no"
+    compile: bool = False  # torch.compile the U-Net
+    gradient_checkpointing: bool = False  # less memory, a third more arithmetic
+    seed: int = 0
+    checkpoint_every: int = 400  # updates; also how often validation runs and a sample grid is painted
+    prompts: tuple[str, ...] = ()  # of the sample grid; by default some of the data's own
+    steps: int = 20  # of the sampler: the model's default from now on
+    guidance_scale: float = 3.0  # likewise
+    workers: int = 2  # processes that read pictures
+    cache: Path = Path("cache")  # latents
+    font: str | None = None  # the colour emoji font's file, for pictograms
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "accumulate", "checkpoint_every", "steps", "views"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"--caption-dropout is {self.caption_dropout}: expected a share from 0 to below 1")
+
+
+PRESETS = {
+    # First steps: captioned shapes, about 4 minutes on 2 cores.
+    "shapes": Config(),
+    # Taken when --model is given: a gentle rate, a few hundred updates.
+    "fine-tune": Config(output=Path("runs/fine-tuned"), updates=400, batch_size=16, learning_rate=1e-4, warmup=20),
+    # The bundled model's U-Net.
+    "bundled": Config(
+        data="pictograms",
+        output=Path("runs/bundled"),
+        unet=BUNDLED,
+        updates=20_000,
+        batch_size=64,
+        warmup=200,
+        ema_decay=0.9995,
+        checkpoint_every=1000,
+        mixed_precision="bf16",
+    ),
+}
+
+
+def build(config: Config) -> Model:
+    """The model to train: an existing one, or a new U-Net between an existing autoencoder and text encoder."""
+    if config.model:
+        model = load_model(config.model)
+        model.defaults = replace(model.defaults, caption_dropout=config.caption_dropout, data=config.data)
+        return model
+    pixels = config.vae == "none"
+    vae = Identity() if pixels else load_autoencoder(find_model(None) if config.vae == "bundled" else Path(config.vae))
+    conditioner: Labels | Unconditional
+    if config.text_encoder == "labels":
+        source = open_source(config.data, 32, font=config.font)
+        conditioner = Labels(sorted({source[i].captions[0] for i in range(len(source))}))
+    elif config.text_encoder == "none":
+        conditioner = Unconditional()
+    else:
+        where = None if config.text_encoder == "bundled" else config.text_encoder
+        folder = find_model(None) if where is None else newest(Path(where))
+        conditioner = load_conditioner(folder, {})  # type: ignore[assignment]
+    tower = getattr(conditioner, "tower", None)
+    size = config.size or 128
+    unet = replace(
+        config.unet,
+        in_channels=vae.latent_channels,
+        out_channels=vae.latent_channels,
+        sample_size=size // vae.downscale,
+        cross_attention_dim=tower.config.hidden_size if tower else config.unet.cross_attention_dim,
+        num_class_embeds=getattr(conditioner, "num_embeddings", None),
+    )
+    defaults = Defaults(
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        sampler="dpmpp_2m",
+        caption_dropout=config.caption_dropout,
+        data=config.data,
+        size=size,
+    )
+    torch.manual_seed(config.seed)
+    scheduler = scheduler_config(config.path, config.prediction, zero_snr=config.zero_snr)
+    return Model(UNet(unet), vae, conditioner, scheduler, defaults)
+
+
+@dataclass
+class Batch:
+    """One step's pictures on one process, and every random draw that it needs."""
+
+    x0: Tensor  # [B, C, h, w], samples of the posterior
+    captions: list[str]  # one for each picture; "" where it was dropped
+    noise: Tensor  # like x0
+    u: Tensor  # [B], uniform numbers that choose the noise levels
+
+
+def draw_batch(
+    config: Config, latents: Latents, update: int, first: int, global_batch: int, device: torch.device
+) -> Batch:
+    """Positions first … first + batch_size - 1 of an update's global batch."""
+    indices = batch_indices(len(latents.captions), config.seed, update * global_batch + first, config.batch_size)
+    shape = latents.mean.shape[1:]
+    captions, draws, u = [], [], []
+    for row, index in enumerate(indices.tolist()):
+        draw = generator(config.seed, update, first + row)
+        chance = torch.rand(3, generator=draw)
+        group = latents.captions[index]
+        chosen = group[int(chance[0] * len(group))]
+        captions.append("" if chance[1] < config.caption_dropout else chosen)
+        u.append((first + row + chance[2]) / global_batch)  # stratified: each position has its share of the levels
+        draws.append(torch.randn(2, *shape, generator=draw))
+    posterior_noise, noise = torch.stack(draws, dim=1).to(device)
+    x0 = latents.posterior(indices, device).sample(posterior_noise)
+    return Batch(x0, captions, noise, torch.stack(u).to(device))
+
+
+@torch.no_grad()
+def validate(denoiser: Denoiser, latents: Latents, texts: Texts, device: torch.device) -> dict[str, float]:
+    """Error of x_0 over its variance at five fixed noise levels, on fixed noise: {"validation/sigma 0.25": ...}."""
+    chosen = latents.select(torch.arange(min(128, len(latents.captions))))
+    x0 = chosen.posterior(torch.arange(len(chosen.captions)), device).mean
+    context = texts([group[0] for group in chosen.captions])
+    noise = torch.randn(x0.shape, generator=generator(0)).to(device)
+    errors = {}
+    for sigma in (0.25, 0.5, 1.0, 2.0, 8.0):
+        level = torch.full((len(x0),), sigma, device=device)
+        error = denoising_loss(denoiser, x0, context, level, noise, torch.ones_like)
+        errors[f"validation/sigma {sigma}"] = float(error.mean() / x0.var())
+    return errors
+
+
+def paint_grid(model: Model, config: Config, prompts: list[str], file: Path) -> None:
+    """Samples of the prompts, in seeds 0 … n - 1, each over its prompt."""
+    pipe = TextToImagePipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(prompts, seed=0, height=config.size, width=config.size).images
+    file.parent.mkdir(parents=True, exist_ok=True)
+    grid(images, prompts, columns=4).save(file)
+
+
+def sample_prompts(config: Config, latents: Latents) -> list[str]:
+    """The prompts of the grid: those of the settings, of a drawn set, or the first captions of some pictures."""
+    if config.prompts:
+        return list(config.prompts)
+    if config.data == "shapes":
+        from train.shapes import CANONICAL_PROMPTS
+
+        return list(CANONICAL_PROMPTS)
+    if config.data.startswith("pictograms"):
+        from train.pictograms import CANONICAL_PROMPTS
+
+        return list(CANONICAL_PROMPTS)
+    order = permutation(len(latents.captions), config.seed, -2).tolist()
+    return list(dict.fromkeys(latents.captions[i][0] for i in order))[:8]
+
+
+def main(config: Config) -> Path:
+    accelerator = start(config.mixed_precision, log_with="tensorboard", project_dir=config.output)
+    device, rank = accelerator.device, accelerator.process_index
+    model = build(config)
+    size = config.size or model.size
+    if size % model.vae.downscale:
+        raise ValueError(f"--size {size}: expected a multiple of {model.vae.downscale}, the autoencoder's factor")
+    for part in model.parts():
+        part.to(device)
+    layout = memory_format(accelerator)
+    unet = model.unet.to(memory_format=layout)
+    model.vae.to(memory_format=layout)
+
+    source = open_source(config.data, size, font=config.font, views=config.views)
+    if accelerator.is_main_process:
+        print(describe(source, size))
+    everything = cache_latents(source, model.vae, size, config.cache, accelerator, config.workers)
+    count = len(everything.captions)
+    order = permutation(count, config.seed, -1)
+    held = min(256, count // 20) if count >= 100 else 0
+    latents, validation = everything.select(order[held:]), everything.select(order[:held] if held else order)
+    accelerator.print(
+        f"{count - held} pictures to train on, {held} held out for the validation loss"
+        + ("" if held else " (too few to hold any out: it is measured on the training pictures)")
+    )
+    texts = Texts(model.conditioner, everything.captions, device)
+    prompts = sample_prompts(config, latents)
+
+    unet.train().requires_grad_(True)
+    unet.gradient_checkpointing = config.gradient_checkpointing
+    noise_levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
+    weight = training_weight(config.weight, model.denoiser, noise_levels)
+    ema = EMA(unet, config.ema_decay)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
+    )
+    update = 0
+    if found := resume(config.output, config, may_change=("workers", "cache", "checkpoint_every", "prompts", "updates")):
+        folder, state = found
+        update = state["update"]
+        unet.load_state_dict(state["unet"])
+        optimizer.load_state_dict(state["optimizer"])
+        averaged = read_weights(folder / "unet")
+        ema.load([averaged[name] for name, p in unet.named_parameters() if p.requires_grad])
+        accelerator.print(f"going on from {folder}")
+    if config.compile:
+        model.denoiser.network = torch.compile(unet)  # type: ignore[assignment]
+    denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
+    accelerator.init_trackers("ldm")
+    parameters = sum(p.numel() for p in unet.parameters())
+    global_batch = config.batch_size * accelerator.num_processes * config.accumulate
+    accelerator.print(
+        f"U-Net: {parameters / 1e6:.2f} M parameters, {config.updates} updates of {global_batch}"
+    )
+
+    bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
+    began, seen = time.perf_counter(), 0
+    while update < config.updates:
+        rate = learning_rate(
+            update, peak=config.learning_rate, warmup=config.warmup, updates=config.updates, schedule=config.schedule
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=device)
+        for micro in range(config.accumulate):
+            first = (micro * accelerator.num_processes + rank) * config.batch_size
+            batch = draw_batch(config, latents, update, first, global_batch, device)
+            sigma = noise_levels.sigma(batch.u)
+            loss = denoising_loss(denoiser, batch.x0, texts(batch.captions), sigma, batch.noise, weight).mean()
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss.item()} at update {update} (captions {batch.captions[:3]} …): lower "
+                    f"--learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
+                )
+            accelerator.backward(loss / config.accumulate)
+            total += loss.detach() / config.accumulate
+        norm = accelerator.clip_grad_norm_(unet.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(update)
+
+        update += 1
+        seen += global_batch
+        bar.update()
+        if update % 25 == 0 or update == config.updates:
+            numbers = {"loss": float(accelerator.reduce(total, "mean")), "gradient_norm": float(norm)}
+            numbers |= {"pictures_per_second": seen / (time.perf_counter() - began), "learning_rate": rate}
+            accelerator.log(numbers | {"ema_distance": ema.distance()}, update)
+            bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
+        if update % config.checkpoint_every == 0 or update == config.updates:
+            if accelerator.is_main_process:
+                raw = {name: weight.clone() for name, weight in unet.state_dict().items()}
+                with ema.applied():
+                    unet.eval()
+                    errors = validate(model.denoiser, validation, texts, device)
+                    paint_grid(model, config, prompts, config.output / "samples" / f"{update:07d}.png")
+                    state = {"unet": raw, "optimizer": optimizer.state_dict()}
+                    saved = save_checkpoint(config.output, update, lambda f: save_model(model, f), state, config)
+                    unet.train()
+                accelerator.log(errors, update)
+                shown = ", ".join(f"{k.split()[-1]}: {v:.3f}" for k, v in errors.items())
+                tqdm.write(f"update {update}: validation error by sigma {shown}; saved {saved}")
+            accelerator.wait_for_everyone()
+    bar.close()
+    accelerator.end_training()
+    accelerator.print(f"done. Look at {config.output}/samples, and paint: atelier PROMPT --model {config.output}")
+    return config.output
+
+
+if __name__ == "__main__":
+    fine_tune = any(a == "--model" or a.startswith("--model=") for a in sys.argv)
+    try:
+        main(parse(Config, PRESETS, default="fine-tune" if fine_tune else "shapes"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,264 @@
+"""Trains the autoencoder on pictures:  accelerate launch train/vae.py --data my_pictures/
+
+Reads top to bottom: settings, then the loop. One update sees `batch_size` random crops; every random draw is a function
+of (seed, update, position in the batch), so the same command goes on exactly where it was stopped.
+"""
+
+import copy
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins while it waits starves the one it waits for
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipelines.files import load_autoencoder, save_network
+from train.config import parse
+from train.data import batch_indices, describe, generator, open_source, permutation, read_pictures, to_unit
+from train.grid import grid, to_pil
+from train.launch import MixedPrecision, memory_format, start
+from train.state import EMA, learning_rate, resume, save_checkpoint
+from vae.autoencoder import Autoencoder, AutoencoderConfig
+from vae.losses import (
+    LossWeights,
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_weight,
+    autoencoder_loss,
+    discriminator_loss,
+    generator_loss,
+    load_perceptual,
+)
+
+TINY = AutoencoderConfig(
+    block_out_channels=(8, 16, 32, 32), latent_channels=4, norm_num_groups=4, mid_block_add_attention=False
+)
+F16 = AutoencoderConfig(  # 128×128 pictures become 8×8×32 latents
+    block_out_channels=(16, 32, 64, 96, 128),
+    latent_channels=32,
+    norm_num_groups=8,
+    mid_block_add_attention=False,
+    sample_size=128,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one autoencoder."""
+
+    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms" or "pictograms:all"
+    output: Path = Path("runs/vae")  # checkpoints, sample grids and logs
+    init: Path | None = None  # an autoencoder's folder to fine-tune, instead of `model` from nothing
+    model: AutoencoderConfig = TINY  # the network to train from nothing
+    size: int = 64  # side of the pictures in pixels
+    crop: int = 64  # side of the random squares that are trained on
+    views: int = 1  # how often each drawn pictogram is drawn, each time a little differently
+    updates: int = 1000  # optimizer updates in all
+    batch_size: int = 16  # crops in one update on one process
+    learning_rate: float = 1e-3
+    warmup: int = 200  # updates of linear warm-up before the cosine
+    ema_decay: float = 0.999
+    clip: float = 1.0  # largest norm of the gradient
+    mirror: bool = True  # train on mirrored crops, too
+    loss: LossWeights = field(default_factory=LossWeights)
+    discriminator_width: int = 32  # of the patch discriminator, used when loss.adversarial > 0
+    mixed_precision: MixedPrecision = "no"
+    seed: int = 0
+    checkpoint_every: int = 500  # updates
+    workers: int = 2  # processes that read pictures
+    cache: Path = Path("cache")  # decoded pictures
+    font: str | None = None  # the colour emoji font's file, for pictograms
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "crop", "size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+        if self.crop > self.size:
+            raise ValueError(f"--crop {self.crop} is larger than --size {self.size}")
+
+
+PRESETS = {
+    "shapes": Config(),
+    # The bundled model's: 3.4 M parameters.
+    "bundled": Config(
+        data="pictograms:all",
+        output=Path("runs/bundled-vae"),
+        model=F16,
+        size=128,
+        updates=20_000,
+        batch_size=32,
+        mixed_precision="bf16",
+    ),
+}
+
+
+def crops(
+    pixels: Tensor, config: Config, update: int, rank: int, processes: int, noise_shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """This process's share of an update's crops, and the posterior noise for them.
+
+    Returns ([batch, 3, crop, crop] in [-1, 1], [batch, *noise_shape]).
+    """
+    first = rank * config.batch_size  # position in the global batch
+    start = update * config.batch_size * processes + first
+    cut, noise = [], []
+    for row, index in enumerate(batch_indices(len(pixels), config.seed, start, config.batch_size).tolist()):
+        draw = generator(config.seed, update, first + row)
+        y, x = torch.randint(0, config.size - config.crop + 1, (2,), generator=draw).tolist()
+        square = pixels[index, y : y + config.crop, x : x + config.crop]
+        if config.mirror and torch.rand((), generator=draw) < 0.5:
+            square = square.flip(1)
+        cut.append(square)
+        noise.append(torch.randn(noise_shape, generator=draw))
+    return to_unit(torch.stack(cut)), torch.stack(noise)
+
+
+@torch.no_grad()
+def reconstruct(vae: nn.Module, pixels: Tensor, device: torch.device) -> tuple[Tensor, float]:
+    """(reconstructions of whole pictures from their posterior means, mean PSNR in dB over pictures)."""
+    outputs, psnr = [], 0.0
+    for batch in pixels.split(16):
+        images = to_unit(batch).to(device)
+        output = vae.decode(vae.encode(images).mode).clamp(-1, 1)  # type: ignore[operator]
+        error = ((output - images) / 2).square().flatten(1).mean(1)
+        psnr += float((-10 * error.clamp(min=1e-10).log10()).sum())
+        outputs.append(output.cpu())
+    return torch.cat(outputs), psnr / len(pixels)
+
+
+@torch.no_grad()
+def normalise_latents(vae: Autoencoder, pixels: Tensor, device: torch.device) -> Autoencoder:
+    """The same autoencoder with latents of zero mean and unit variance in each channel over these pictures."""
+    posteriors = [vae.encode(to_unit(batch).to(device)) for batch in pixels.split(16)]
+    means = torch.cat([p.mean for p in posteriors]).transpose(0, 1).flatten(1)
+    variances = torch.cat([p.logvar.exp() for p in posteriors]).transpose(0, 1).flatten(1)
+    vae.fold_latent_statistics(means.mean(1).cpu(), (means.var(1) + variances.mean(1)).sqrt().cpu())
+    return vae
+
+
+def save(vae: Autoencoder, config: Config, update: int, pixels: Tensor, shown: Tensor, state: dict) -> float:
+    """Writes a checkpoint, whose latents are normalised, and a sheet of reconstructions; returns their PSNR."""
+    device = next(vae.parameters()).device
+    some = permutation(len(pixels), config.seed, -1)[:1024]
+    finished = normalise_latents(vae.eval(), pixels[some], device)
+    output, psnr = reconstruct(finished, shown, device)
+    save_checkpoint(config.output, update, lambda folder: save_network(finished, folder), state, config)
+    rows = [tile for pair in zip(shown[:32].numpy(), to_pil(output[:32]), strict=True) for tile in pair]
+    (config.output / "samples").mkdir(parents=True, exist_ok=True)
+    grid(rows, columns=8).save(config.output / "samples" / f"{update:07d}.png")
+    return psnr
+
+
+def main(config: Config) -> Path:
+    accelerator = start(config.mixed_precision, log_with="tensorboard", project_dir=config.output)
+    source = open_source(config.data, config.size, split="all", font=config.font, views=config.views)
+    accelerator.print(describe(source, config.size))
+    with accelerator.main_process_first():
+        pictures = read_pictures(source, config.size, config.cache, workers=config.workers)
+    pixels = pictures.pixels
+    shown = pixels[torch.linspace(0, len(pixels) - 1, min(64, len(pixels))).long()]
+
+    torch.manual_seed(config.seed)
+    vae = load_autoencoder(config.init).requires_grad_(True).train() if config.init else Autoencoder(config.model)
+    layout = memory_format(accelerator)
+    vae = vae.to(accelerator.device).to(memory_format=layout)
+    parameters = sum(p.numel() for p in vae.parameters())
+    accelerator.print(f"autoencoder: {parameters / 1e6:.2f} M parameters, {config.updates} updates")
+    ema = EMA(vae, config.ema_decay)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    judge = PatchDiscriminator(width=config.discriminator_width).to(accelerator.device)
+    judge_optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, betas=(0.5, 0.9), fused=True)
+    perceptual = load_perceptual() if config.loss.perceptual else None
+
+    update = 0
+    if found := resume(config.output, config, may_change=("workers", "cache", "checkpoint_every", "updates")):
+        folder, state = found
+        update = state["update"]
+        vae.load_state_dict(state["model"])
+        ema.load(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        judge.load_state_dict(state["judge"])
+        judge_optimizer.load_state_dict(state["judge_optimizer"])
+        accelerator.print(f"going on from {folder}")
+    network, optimizer, judge, judge_optimizer = accelerator.prepare(vae, optimizer, judge, judge_optimizer)
+    accelerator.init_trackers("vae")
+
+    global_batch = config.batch_size * accelerator.num_processes
+    latent_shape = (vae.latent_channels, config.crop // vae.downscale, config.crop // vae.downscale)
+    bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
+    began, seen = time.perf_counter(), 0
+    while update < config.updates:
+        for group in (*optimizer.param_groups, *judge_optimizer.param_groups):
+            group["lr"] = learning_rate(update, peak=config.learning_rate, warmup=config.warmup, updates=config.updates)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        images, noise = crops(pixels, config, update, rank, processes, latent_shape)
+        images = images.to(accelerator.device, memory_format=layout)
+        noise = noise.to(accelerator.device)
+
+        with accelerator.autocast():
+            output, posterior = network(images, noise)
+        loss, terms = autoencoder_loss(output, images, posterior, config.loss, perceptual)
+        if weight := adversarial_weight(config.loss, update):
+            judge.requires_grad_(False)
+            fooled = generator_loss(judge(output.float()))
+            loss = loss + weight * adaptive_weight(loss, fooled, vae.last_layer) * fooled
+            judge.requires_grad_(True)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss.item()} at update {update} ({ {k: v.mean().item() for k, v in terms.items()} }): "
+                f"lower --learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
+            )
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if weight:
+            judged = discriminator_loss(judge(images), judge(output.detach().float()))
+            accelerator.backward(judged)
+            judge_optimizer.step()
+            judge_optimizer.zero_grad()
+        ema.step(update)
+
+        update += 1
+        seen += global_batch
+        bar.update()
+        if update % 50 == 0 or update == config.updates:
+            means = {k: v.mean().item() for k, v in terms.items()}
+            rate = seen / (time.perf_counter() - began)
+            accelerator.log(
+                {**means, "gradient_norm": float(norm), "ema_distance": ema.distance(), "crops_per_second": rate},
+                update,
+            )
+            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in means.items()) + f" {rate:.0f} crops/s")
+        if update % config.checkpoint_every == 0 or update == config.updates:
+            if accelerator.is_main_process:
+                state = {
+                    "model": vae.state_dict(),
+                    "ema": ema.weights,
+                    "optimizer": optimizer.state_dict(),
+                    "judge": accelerator.unwrap_model(judge).state_dict(),
+                    "judge_optimizer": judge_optimizer.state_dict(),
+                }
+                with ema.applied():
+                    finished = copy.deepcopy(vae)
+                psnr = save(finished, config, update, pixels, shown, state)
+                tqdm.write(f"update {update}: {psnr:.2f} dB on {len(shown)} pictures, saved in {config.output}")
+                accelerator.log({"psnr": psnr}, update)
+            accelerator.wait_for_everyone()
+    accelerator.end_training()
+    accelerator.print(f"done: {config.output}")
+    return config.output
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(Config, PRESETS, default="shapes"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
