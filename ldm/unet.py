@@ -63,23 +63,30 @@ class UNetConfig(ModelConfig):
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
     fixed: ClassVar[Mapping[str, Any]] = {
-        **dict.fromkeys(
-            "addition_embed_type addition_time_embed_dim cross_attention_norm encoder_hid_dim encoder_hid_dim_type "
-            "mid_block_only_cross_attention num_attention_heads projection_class_embeddings_input_dim "
-            "reverse_transformer_layers_per_block time_cond_proj_dim time_embedding_act_fn time_embedding_dim "
-            "timestep_post_act".split()
-        ),
-        **dict.fromkeys(
-            "center_input_sample class_embeddings_concat dual_cross_attention only_cross_attention "
-            "resnet_skip_time_act".split(),
-            False,
-        ),
+        "addition_embed_type": None,
         "addition_embed_type_num_heads": 64,
+        "addition_time_embed_dim": None,
         "attention_type": "default",
+        "center_input_sample": False,
+        "class_embeddings_concat": False,
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
+        "cross_attention_norm": None,
+        "dual_cross_attention": False,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "mid_block_only_cross_attention": None,
+        "num_attention_heads": None,
+        "only_cross_attention": False,
+        "projection_class_embeddings_input_dim": None,
         "resnet_out_scale_factor": 1.0,
+        "resnet_skip_time_act": False,
+        "reverse_transformer_layers_per_block": None,
+        "time_cond_proj_dim": None,
+        "time_embedding_act_fn": None,
+        "time_embedding_dim": None,
         "time_embedding_type": "positional",
+        "timestep_post_act": None,
     }
 
     @classmethod

@@ -86,5 +86,5 @@ def load_autoencoder(folder: Path, dtype: torch.dtype | None = None) -> Autoenco
 
 def newest(folder: Path) -> Path:
     """The newest checkpoint in a training run's folder; any other folder is itself."""
-    found = sorted(f for f in folder.glob("checkpoint-*") if f.is_dir())
-    return found[-1] if found else folder
+    found = [f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name.split("-")[1].isdecimal()]
+    return max(found, key=lambda f: int(f.name.split("-")[1]), default=folder)

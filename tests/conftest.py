@@ -1,6 +1,7 @@
 """A whole tiny model of random weights, and pictures on the disk: what tests of the rooms above need."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,18 @@ def picture_folder(tmp_path: Path) -> Path:
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {colour} square"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[None]:
+    """For trainings inside the test's own process: one thread, and nothing of accelerate's left to the next module."""
+    from accelerate.state import AcceleratorState
+
+    threads = torch.get_num_threads()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        torch.set_num_threads(1)
+        patch.setattr(torch, "set_num_threads", lambda threads: None)  # the scripts take all cores
+        yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch.distributions import Normal, kl_divergence
 
 from vae.autoencoder import Autoencoder, AutoencoderConfig, Identity, Posterior
 
-SMALL = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "latent_channels": 3}
-CONFIGS = {
+SMALL: dict[str, Any] = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "latent_channels": 3}
+CONFIGS: dict[str, dict[str, Any]] = {
     "KL-f8 in miniature": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 2},
     "shift, no attention": {"shift_factor": 0.3, "scaling_factor": 1.7, "mid_block_add_attention": False},
     "no 1x1 convolutions": {"use_quant_conv": False, "use_post_quant_conv": False},
@@ -46,7 +47,7 @@ SD_3 = {
 }
 
 
-def pair(**changes) -> tuple[Autoencoder, AutoencoderKL]:
+def pair(**changes) -> tuple[Autoencoder, Any]:
     """Ours and diffusers' with the same weights, passed both ways through strict loads."""
     torch.manual_seed(0)
     ours = Autoencoder(AutoencoderConfig(**{**SMALL, **changes}))
@@ -87,7 +88,7 @@ def test_encode_and_decode_equal_diffusers_with_the_scaling_inside(name):
 def test_extreme_log_variances_are_bounded_as_in_diffusers():
     ours, theirs = pair()
     for model in (ours, theirs):
-        model.quant_conv.bias.data[3:5] = torch.tensor([90.0, -90.0])
+        model.state_dict()["quant_conv.bias"][3:5] = torch.tensor([90.0, -90.0])
     images = pictures(ours)
     expected = theirs.encode(images).latent_dist.logvar + 2 * math.log(0.18215)
     close(ours.encode(images).logvar, expected)
@@ -106,6 +107,7 @@ def test_gradients_equal_diffusers():
     close(output, output2)
     expected = {key: parameter.grad for key, parameter in theirs.named_parameters()}
     for key, parameter in ours.named_parameters():
+        assert parameter.grad is not None
         close(parameter.grad, expected[key], 1e-4 * max(1.0, expected[key].abs().max().item()))
     assert scale == 0.18215
     assert ours.last_layer is ours.decoder.conv_out.weight
@@ -128,7 +130,8 @@ def test_published_configs_have_the_same_keys_and_shapes(config):
 
 def test_defaults_and_keys_are_those_of_diffusers():
     with torch.device("meta"):
-        theirs = dict(AutoencoderKL().config)
+        model: Any = AutoencoderKL()
+    theirs = dict(model.config)
     config = AutoencoderConfig.from_dict(theirs)
     assert config == AutoencoderConfig()
     assert {k for k in theirs if not k.startswith("_")} == {f.name for f in dataclasses.fields(config)} | {

@@ -1,6 +1,6 @@
 """The U-Net against diffusers' UNet2DConditionModel on the same weights."""
 
-import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ldm.blocks import attend, rename_old_keys
 from ldm.transformer import Attention
 from ldm.unet import UNet, UNetConfig, timestep_embedding
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "block_out_channels": (16, 32),
     "norm_num_groups": 8,
     "cross_attention_dim": 12,
@@ -19,7 +19,7 @@ SMALL = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "attention_head_dim": 4,
 }
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "SD 1.x": {},
     "SD 2.x": {
         "use_linear_projection": True,
@@ -44,49 +44,14 @@ CONFIGS = {
     },
     "no middle": {"mid_block_type": None, "layers_per_block": 1},
 }
-PIXELS = {
+PIXELS: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     "mid_block_type": "UNetMidBlock2D",
 }
 
-# The `unet/config.json` of Stable Diffusion 1.5 and 2.1, written by diffusers 0.6 and 0.10.
-SD_15 = {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": "0.6.0",
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}
-SD_21 = {
-    **SD_15,
-    "_diffusers_version": "0.10.0.dev0",
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "dual_cross_attention": False,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "sample_size": 96,
-    "upcast_attention": True,
-    "use_linear_projection": True,
-}
 
-
-def pair(**changes) -> tuple[UNet, UNet2DConditionModel]:
+def pair(**changes) -> tuple[UNet, Any]:
     """Ours and diffusers' with the same weights, passed both ways through strict loads."""
     torch.manual_seed(0)
     ours = UNet(UNetConfig(**{**SMALL, **changes}))
@@ -222,11 +187,16 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_fewer_tensors():
         ours.gradient_checkpointing = checkpointing
         ours.zero_grad()
         torch.manual_seed(3)  # dropout must draw the same in the second forward pass
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        kept: list[int] = []
+
+        def keep(x: Tensor) -> Tensor:
+            kept.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = ours(sample, timestep, **context).square().sum()
         loss.backward()
-        return sum(kept), {key: parameter.grad.clone() for key, parameter in ours.named_parameters()}
+        return sum(kept), {k: p.grad.clone() for k, p in ours.named_parameters() if p.grad is not None}
 
     (kept, plain), (kept_less, recomputed) = run(False), run(True)
     assert kept_less < 0.5 * kept
@@ -257,69 +227,6 @@ def test_contexts_are_projected_once_and_give_the_same_output():
     with ours.reuse_contexts():  # training inside is not broken by it
         ours(sample, timestep, states).sum().backward()
         assert cross[0].to_k.weight.grad is not None
-
-
-@pytest.mark.parametrize("config", [SD_15, SD_21], ids=["SD 1.5", "SD 2.1"])
-def test_published_configs_have_the_same_keys_and_shapes(config):
-    with torch.device("meta"):
-        ours = UNet.from_config(config)
-        theirs = UNet2DConditionModel.from_config(config)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    assert ours.config.block_out_channels == (320, 640, 1280, 1280)
-
-
-def test_defaults_and_keys_are_those_of_diffusers():
-    with torch.device("meta"):
-        theirs = dict(UNet2DConditionModel().config)
-    config = UNetConfig.from_dict(theirs)
-    assert config == UNetConfig()
-    assert {k for k in theirs if not k.startswith("_")} == {f.name for f in dataclasses.fields(config)} | {
-        *config.fixed
-    }
-
-
-def test_a_config_survives_the_round_trip():
-    config = UNetConfig(**{**SMALL, **CONFIGS["SD 2.x"]})
-    written = config.to_dict()
-    assert written["_class_name"] == "UNet2DConditionModel"
-    assert written["block_out_channels"] == [16, 32]
-    assert UNetConfig.from_dict(written) == config
-    assert UNetConfig.from_dict({**written, "num_attention_heads": 2}).attention_head_dim == 2
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("addition_embed_type", "text_time"),
-        ("encoder_hid_dim", 12),
-        ("time_cond_proj_dim", 8),
-        ("only_cross_attention", True),
-        ("class_embed_type", "projection"),
-        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
-        ("down_block_types", ["SimpleCrossAttnDownBlock2D", "DownBlock2D"]),
-        ("act_fn", "gelu"),
-        ("cross_attention_dim", [12, 12]),
-        ("norm_num_groups", 7),
-        ("attention_head_dim", 5),
-        ("layers_per_block", [2, 2, 2]),
-        ("up_block_types", ["UpBlock2D"]),
-        ("resnet_time_scale_shift", "ada_group"),
-        ("no_such_key", 1),
-    ],
-)
-def test_what_is_not_implemented_is_refused_by_name(key, value):
-    with pytest.raises(ValueError, match=key):
-        UNetConfig.from_dict({**SMALL, key: value})
-
-
-def test_another_model_is_refused():
-    with pytest.raises(ValueError, match="UNet2DModel"):
-        UNetConfig.from_dict({"_class_name": "UNet2DModel"})
-
-
-def test_attn_blocks_refuse_heads_that_differ_by_level():
-    with pytest.raises(ValueError, match="attention_head_dim"):
-        UNetConfig(**{**SMALL, **PIXELS, "attention_head_dim": (4, 8)})
 
 
 def test_conditions_that_miss_or_would_be_ignored_are_refused():

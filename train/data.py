@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_UNUSABLE = 0.05  # share of pictures without a caption, or broken, above which training is refused
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 
 
 class Example(NamedTuple):
@@ -53,11 +54,15 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
-        with Image.open(self.files[index]) as image:
-            return Example(rgb(image), self.captions[index], str(self.files[index]))
+        file = self.files[index]
+        try:
+            with Image.open(file) as image:
+                return Example(rgb(image), self.captions[index], str(file))
+        except UNREADABLE as error:
+            raise ValueError(f"{file}: {error}") from None
 
     def fingerprint(self) -> str:
-        return _hash(*(hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() for file in self.files))
+        return _hash(json.dumps(self.captions), *map(_file_hash, self.files))
 
 
 @dataclass
@@ -79,12 +84,14 @@ class ParquetSource:
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
+        if row[self.image_column] is None:
+            raise ValueError("no picture in this row")
         text = row[self.text_column]
         captions = _captions([text] if isinstance(text, str) else text or [])
         return Example(rgb(row[self.image_column]), captions, f"row {index}")
 
     def fingerprint(self) -> str:
-        return _hash(self.image_column, *(hashlib.file_digest(open(f, "rb"), "sha256").hexdigest() for f in self.files))
+        return _hash(self.image_column, *map(_file_hash, self.files))
 
 
 @dataclass
@@ -175,8 +182,7 @@ def _open_folder(folder: Path) -> FolderSource:
     captioned = [(f, found[f]) for f in pictures if found.get(f)]
     notes = [f"no caption: {f}" for f in pictures if not found.get(f)]
     notes += [f"named in {origin}, but not there: {f}" for f in found if f not in set(pictures)]
-    share = 1 - len(captioned) / len(pictures)
-    if share > MAX_UNUSABLE:
+    if len(pictures) - len(captioned) > MAX_UNUSABLE * len(pictures):
         raise ValueError(
             f"{len(pictures) - len(captioned)} of {len(pictures)} pictures in {folder} have no caption (captions from "
             f"{origin}; at most {MAX_UNUSABLE:.0%} may lack one), for instance {notes[0].removeprefix('no caption: ')}."
@@ -207,10 +213,13 @@ def _read_metadata(file: Path) -> dict[Path, tuple[str, ...]]:
     found: dict[Path, tuple[str, ...]] = {}
     for number, row in rows:
         text = next((row[k] for k in ("text", "caption", "prompt") if row.get(k)), None)
-        if not row.get("file_name"):
+        if not row.get("file_name") or not isinstance(row["file_name"], str):
             raise ValueError(f"{file}, line {number}: expected 'file_name' and 'text', got {sorted(map(str, row))}")
+        texts = text if isinstance(text, list) else [text or ""]
+        if not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"{file}, line {number}: expected a text, or a list of texts, got {text!r}")
         picture = file.parent / row["file_name"]
-        found[picture] = found.get(picture, ()) + _captions([text] if isinstance(text, str) else text or [])
+        found[picture] = found.get(picture, ()) + _captions(texts)
     return found
 
 
@@ -229,7 +238,7 @@ def _open_parquet(files: list[Path]) -> ParquetSource:
 
     try:
         rows = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
-    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         raise ValueError(f"cannot read {files[0]} as parquet: {error.__cause__ or error}") from None
     if not len(rows):
         raise ValueError(f"{files[0]} holds no rows")
@@ -267,7 +276,7 @@ def describe(source: Source, size: int) -> str:
     for index in dict.fromkeys((0, len(source) // 2, len(source) - 1)):
         try:
             example = source[index]
-        except (OSError, ValueError, SyntaxError) as error:
+        except UNREADABLE as error:
             lines.append(f"  {index}: broken: {error}")
             continue
         w, h = example.image.size
@@ -284,6 +293,8 @@ def describe(source: Source, size: int) -> str:
 def rgb(image: Image.Image) -> Image.Image:
     """RGB, turned as its EXIF data says, transparency on white."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
@@ -322,7 +333,7 @@ class _Reading(Dataset):
         try:
             image, captions, key = self.source[index]
             return Loaded(fit(image, self.size), captions, key, "" if captions else "no caption")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+        except UNREADABLE as error:
             return Loaded(None, (), f"picture {index}", str(error))
 
 
@@ -410,6 +421,11 @@ def generator(*numbers: int) -> torch.Generator:
     """A CPU generator that is a pure function of the numbers, such as (seed, update, position in the batch)."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _file_hash(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _hash(*parts: str | bytes) -> str:

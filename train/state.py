@@ -103,20 +103,24 @@ def save_checkpoint(
 
 def checkpoints(output: Path) -> list[Path]:
     """The whole checkpoints in a run's folder, oldest first."""
-    return sorted(f for f in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(f.name))
+    return sorted(
+        (f for f in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(f.name)),
+        key=lambda f: int(f.name.split("-")[1]),
+    )
 
 
 def resume(output: Path, config: Any, *, may_change: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run and its state, or None when there is none.
 
-    Raises ValueError when the run was started with other settings than `config` (but for the fields `may_change`).
+    Raises ValueError when the run was started with other settings than `config`, but for the fields `may_change` and
+    for `output`: a run may be moved.
     """
     found = checkpoints(output)
     if not found:
         return None
     before = json.loads((found[-1] / "training" / "config.json").read_text())
     now = json.loads(json.dumps(asdict(config), default=str))
-    changed = [k for k in now if k not in may_change and before.get(k) != now[k]]
+    changed = [k for k in now if k not in (*may_change, "output") and before.get(k) != now[k]]
     if changed:
         told = "; ".join(f"{k}: {before.get(k)!r} before, {now[k]!r} now" for k in changed)
         raise ValueError(

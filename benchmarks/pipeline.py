@@ -1,0 +1,151 @@
+"""Atelier against diffusers on the same model folder, in one run:  python benchmarks/pipeline.py [--model FOLDER]
+
+Three figures a side: from process start to the first picture on the disk (fresh processes, taken in turns), the same
+picture warm, and a batch of 8. Same prompt, same number of DPM++ 2M steps, same guidance, float32 on a CPU and bfloat16
+on a GPU. Without --model the peer of the design is built with random weights: a U-Net of 64, 128, 192 channels on
+16×16×4 latents, a CLIP text encoder of 4 layers, a KL-f8 autoencoder of 3.9 M parameters.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "an oil painting of a fox"
+# What a side does, given folder, steps, device and repeats: one picture, then warm ones, then batches of 8.
+OURS = """
+import sys, time; sys.path.insert(0, {root!r})
+import torch
+from pipelines import TextToImagePipeline
+pipe = TextToImagePipeline.from_pretrained({model!r}, device={device!r}, dtype={dtype})
+pipe.set_progress_bar_config(disable=True)
+def paint(n): return pipe([{prompt!r}] * n, steps={steps}, guidance_scale=3.0, guidance_interval=(-1, 1e9),
+                          seed=0, sampler="dpmpp_2m").images
+"""
+THEIRS = """
+import sys, time
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({model!r}, torch_dtype={dtype}, safety_checker=None).to({device!r})
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+pipe.set_progress_bar_config(disable=True)
+def paint(n): return pipe([{prompt!r}] * n, num_inference_steps={steps}, guidance_scale=3.0,
+                          generator=[torch.Generator().manual_seed(i) for i in range(n)]).images
+"""
+COLD = "paint(1)[0].save({out!r})\n"
+WARM = """
+import json
+paint(1); paint(8)
+def timed(n):
+    began = time.perf_counter(); paint(n); return time.perf_counter() - began
+warm, batch = [timed(1) for _ in range({repeats})], [timed(8) for _ in range(max(1, {repeats} // 2))]
+print(json.dumps({{"warm": warm, "batch": batch}}))
+"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the comparison."""
+
+    model: Path | None = None  # a Stable Diffusion folder; by default the peer of the design, with random weights
+    steps: int = 20
+    repeats: int = 5
+    device: str = "cpu"
+    out: Path | None = None  # JSON with the figures
+
+
+def random_peer(folder: Path) -> Path:
+    """The design's peer, written as a folder that both sides open."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
+    from conditioning.tokenizer import ClipTokenizer
+    from ldm.unet import UNet, UNetConfig
+    from pipelines.folder import Defaults, Model, save_model, scheduler_config
+    from vae.autoencoder import Autoencoder, AutoencoderConfig
+
+    torch.manual_seed(0)
+    tokenizer = ClipTokenizer.train([PROMPT], 600, length=77)
+    text = ClipTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.prefix[0],
+        eos_token_id=tokenizer.suffix[0],
+        pad_token_id=tokenizer.pad,
+    )
+    unet = UNetConfig(
+        sample_size=16,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=256,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    vae = AutoencoderConfig(block_out_channels=(32, 64, 96, 128), norm_num_groups=16, sample_size=128)
+    encoder = ClipTextEncoder(ClipText(text), tokenizer)
+    model = Model(UNet(unet), Autoencoder(vae), encoder, scheduler_config("scaled_linear", "epsilon"), Defaults())
+    model.defaults = replace(model.defaults, size=128)
+    save_model(model, folder)
+    for name, part in (("U-Net", model.unet), ("autoencoder", model.vae), ("text encoder", encoder)):
+        print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.1f} M parameters")
+    return folder
+
+
+def run(script: str) -> tuple[float, str]:
+    """(seconds from process start to its end, its last line)."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tempfile.gettempdir())
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    return seconds, done.stdout.strip().rpartition("\n")[2]
+
+
+def main(config: Config) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = config.model.resolve() if config.model else random_peer(Path(scratch) / "peer")
+        values = {
+            "root": str(ROOT),
+            "model": str(folder),
+            "device": config.device,
+            "dtype": "torch.float32" if config.device == "cpu" else "torch.bfloat16",
+            "prompt": PROMPT,
+            "steps": config.steps,
+            "repeats": config.repeats,
+            "out": str(Path(scratch) / "picture.png"),
+        }
+        sides = {"atelier": OURS, "diffusers": THEIRS}
+        figures: dict[str, dict[str, list[float]]] = {name: {"cold": []} for name in sides}
+        for _ in range(max(2, config.repeats // 2)):
+            for name, script in sides.items():  # in turns, so that a busy minute hits both
+                figures[name]["cold"].append(run((script + COLD).format(**values))[0])
+        for name, script in sides.items():
+            figures[name] |= json.loads(run((script + WARM).format(**values))[1])
+    medians = {name: {k: statistics.median(v) for k, v in side.items()} for name, side in figures.items()}
+    print(f"{platform.processor() or platform.machine()}, {config.device}, {config.steps} steps, medians in seconds")
+    print(f"{'':<28}{'atelier':>10}{'diffusers':>11}{'ratio':>8}")
+    rows = {"cold": "start to first picture", "warm": "the same, warm", "batch": "batch of 8, warm"}
+    for key, label in rows.items():
+        ours, theirs = medians["atelier"][key], medians["diffusers"][key]
+        print(f"{label:<28}{ours:>10.2f}{theirs:>11.2f}{theirs / ours:>8.2f}")
+    if config.out:
+        config.out.write_text(json.dumps({"machine": platform.machine(), "seconds": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

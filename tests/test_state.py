@@ -1,0 +1,191 @@
+"""EMA, learning rate and checkpoints: closed forms, and what a kill at the worst moment leaves behind."""
+
+import itertools
+import math
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines.files import newest
+from train.state import EMA, checkpoints, learning_rate, resume, save_checkpoint
+
+
+def test_ema_is_its_recursion() -> None:
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    network.bias.requires_grad_(False)
+    ema = EMA(network, decay=0.7)
+    wanted = network.weight.detach().double().clone()
+    for update in range(60):
+        with torch.no_grad():
+            network.weight += torch.randn(2, 3)
+        ema.step(update)
+        decay = min(0.7, (1 + update) / (10 + update))
+        wanted = decay * wanted + (1 - decay) * network.weight.detach().double()
+    assert len(ema.weights) == 1  # what is not trained is not averaged
+    torch.testing.assert_close(ema.weights[0].double(), wanted, atol=1e-5, rtol=0)
+    # Closed form: of constant weights w, what is left of the start fades with the product of the decays.
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    ema = EMA(network, decay=0.9)
+    nn.init.ones_(network.weight)
+    for update in range(300):
+        ema.step(update)
+    left = math.prod(min(0.9, (1 + update) / (10 + update)) for update in range(300))
+    assert float(ema.weights[0]) == pytest.approx(1 - left, abs=1e-6)
+
+
+def test_ema_is_float32_and_moves_where_bfloat16_would_not() -> None:
+    network = nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    nn.init.ones_(network.weight)
+    ema = EMA(network, decay=0.9999)
+    ema.step(10**6)
+    assert ema.distance() == 0
+    nn.init.constant_(network.weight, 1.0078125)  # the next bfloat16 number
+    for _ in range(100):
+        ema.step(10**6)
+    assert ema.weights[0].dtype == torch.float32
+    wanted = 1 + 0.0078125 * (1 - 0.9999**100)  # bfloat16 would round each of these steps to none
+    torch.testing.assert_close(ema.weights[0], torch.full((4, 4), wanted), atol=1e-6, rtol=0)
+    assert ema.distance() == pytest.approx((1.0078125 - wanted) / 1.0078125, rel=1e-3)
+
+
+def test_ema_swaps_in_and_back_whatever_happens() -> None:
+    network = nn.Linear(2, 2)
+    ema = EMA(network, decay=0.5)
+    averaged = [w.clone() for w in ema.weights]
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(1)
+    raw = [p.detach().clone() for p in network.parameters()]
+    with ema.applied():
+        assert all(p.equal(w) for p, w in zip(network.parameters(), averaged, strict=True))
+    with pytest.raises(ZeroDivisionError), ema.applied():
+        _ = 1 / 0
+    assert all(p.equal(w) for p, w in zip(network.parameters(), raw, strict=True))
+    assert all(w.equal(a) for w, a in zip(ema.weights, averaged, strict=True))
+    other = EMA(network, decay=0.5)
+    other.load(ema.weights)
+    assert all(w.equal(a) for w, a in zip(other.weights, averaged, strict=True))
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        other.load(ema.weights[:1])
+
+
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    def rate(update: int, schedule: str = "cosine") -> float:
+        return learning_rate(update, peak=2.0, warmup=10, updates=110, schedule=schedule)
+
+    assert [rate(u) for u in range(10)] == pytest.approx([0.2 * (u + 1) for u in range(10)])
+    assert rate(10) == 2.0
+    assert rate(60) == pytest.approx(1.0)  # half way between the end of the warm-up and the end
+    assert rate(110) == pytest.approx(0.0, abs=1e-12)
+    assert rate(1000) == pytest.approx(0.0, abs=1e-12)
+    curve = [rate(u) for u in range(10, 111)]
+    assert all(a > b for a, b in itertools.pairwise(curve))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=2.0), 100)
+    for u in range(10, 110):
+        assert rate(u) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert rate(90, "constant") == 2.0
+    assert rate(0, "constant") == pytest.approx(0.2)
+    assert learning_rate(0, peak=1.0, warmup=0, updates=10) == 1.0
+    # Pure: the order in which updates are asked for, as after a kill, changes nothing.
+    assert [rate(u) for u in (7, 50, 7)] == [rate(7), rate(50), rate(7)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    output: Path
+    rate: float = 0.1
+    widths: tuple[int, ...] = (1, 2)
+    workers: int = 2
+
+
+def write(folder: Path) -> None:
+    (folder / "weights.txt").write_text("whole")
+
+
+def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
+    settings = Settings(tmp_path)
+    assert resume(tmp_path / "never", settings) is None
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    state = {"weights": {"a": parameter.detach().clone()}, "optimizer": optimizer.state_dict()}
+    saved = save_checkpoint(tmp_path, 12, write, state, settings)
+    assert saved == tmp_path / "checkpoint-0000012"
+    assert (saved / "weights.txt").read_text() == "whole"
+    found = resume(tmp_path, settings)
+    assert found is not None
+    assert found[0] == saved
+    assert found[1]["update"] == 12
+    assert found[1]["weights"]["a"].equal(parameter)
+    assert found[1]["optimizer"]["state"][0]["exp_avg"].equal(optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_a_kill_while_writing_leaves_the_former_checkpoint(tmp_path: Path) -> None:
+    settings = Settings(tmp_path)
+    save_checkpoint(tmp_path, 1, write, {"x": 1}, settings)
+
+    def killed(folder: Path) -> None:
+        (folder / "weights.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, killed, {"x": 2}, settings)
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000001"]
+    found = resume(tmp_path, settings)
+    assert found is not None
+    assert found[1]["x"] == 1
+    # The next attempt is not disturbed by what lies there, nor is one that writes the same update again.
+    save_checkpoint(tmp_path, 2, write, {"x": 3}, settings)
+    save_checkpoint(tmp_path, 2, write, {"x": 4}, settings)
+    found = resume(tmp_path, settings)
+    assert found is not None
+    assert (found[0] / "weights.txt").read_text() == "whole"
+    assert found[1]["x"] == 4
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-0000001", "checkpoint-0000002"]
+
+
+def test_old_checkpoints_go(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-best").mkdir()  # somebody's own
+
+    def kept() -> list[int]:
+        return [int(f.name.split("-")[1]) for f in checkpoints(tmp_path)]
+
+    for update in (5, 900, 10_000_000, 9_999_999):
+        save_checkpoint(tmp_path, update, write, {}, Settings(tmp_path), keep=10)
+    assert kept() == [5, 900, 9_999_999, 10_000_000]
+    save_checkpoint(tmp_path, 10_000_001, write, {}, Settings(tmp_path))
+    assert kept() == [10_000_000, 10_000_001]
+    assert (tmp_path / "checkpoint-best").is_dir()
+    assert newest(tmp_path) == tmp_path / "checkpoint-10000001"
+    assert newest(tmp_path / "checkpoint-best") == tmp_path / "checkpoint-best"
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    settings = Settings(tmp_path)
+    save_checkpoint(tmp_path, 1, write, {}, settings)
+    changed = replace(settings, rate=0.2, widths=(1, 3), workers=9)
+    with pytest.raises(ValueError, match=r"rate: 0.1 before, 0.2 now; widths: \[1, 2\] before, \[1, 3\] now") as error:
+        resume(tmp_path, changed, may_change=("workers",))
+    assert "workers" not in str(error.value)
+    assert "another --output" in str(error.value)
+    assert resume(tmp_path, replace(settings, workers=9), may_change=("workers",)) is not None
+    # The run's folder is where it is found: moved, or named from another folder, it is the same run.
+    tmp_path.joinpath("checkpoint-0000001").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "elsewhere" / "checkpoint-0000001")
+    assert resume(tmp_path / "elsewhere", replace(settings, output=tmp_path / "elsewhere")) is not None
+
+
+def test_state_opens_without_running_code(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, write, {"custom": Settings(tmp_path)}, Settings(tmp_path))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        resume(tmp_path, Settings(tmp_path))
