@@ -1,5 +1,6 @@
 """The pipeline against diffusers on the same folder, and what it promises to its callers."""
 
+import itertools
 import json
 import warnings
 from dataclasses import replace
@@ -120,7 +121,7 @@ def test_callback_sees_every_step(pipe: TextToImagePipeline) -> None:
     seen: list[tuple[int, float]] = []
     pipe(PROMPTS[0], steps=5, callback=lambda i, sigma, x, x0: seen.append((i, sigma)))
     assert [i for i, _ in seen] == [0, 1, 2, 3, 4]
-    assert all(a > b for (_, a), (_, b) in zip(seen, seen[1:], strict=False))
+    assert all(a > b for (_, a), (_, b) in itertools.pairwise(seen))
 
 
 def test_long_prompts_are_not_cut(pipe: TextToImagePipeline) -> None:

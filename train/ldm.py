@@ -264,7 +264,8 @@ def main(config: Config) -> Path:
         unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
     )
     update = 0
-    if found := resume(config.output, config, may_change=("workers", "cache", "checkpoint_every", "prompts", "updates")):
+    free = ("workers", "cache", "checkpoint_every", "prompts", "updates")
+    if found := resume(config.output, config, may_change=free):
         folder, state = found
         update = state["update"]
         unet.load_state_dict(state["unet"])
@@ -278,9 +279,7 @@ def main(config: Config) -> Path:
     accelerator.init_trackers("ldm")
     parameters = sum(p.numel() for p in unet.parameters())
     global_batch = config.batch_size * accelerator.num_processes * config.accumulate
-    accelerator.print(
-        f"U-Net: {parameters / 1e6:.2f} M parameters, {config.updates} updates of {global_batch}"
-    )
+    accelerator.print(f"U-Net: {parameters / 1e6:.2f} M parameters, {config.updates} updates of {global_batch}")
 
     bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
     began, seen = time.perf_counter(), 0

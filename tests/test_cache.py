@@ -1,0 +1,178 @@
+"""What is computed once: latents that are the autoencoder's, kept apart by what they depend on, and captions' states."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import train.cache
+from conditioning.context import Unconditional
+from conditioning.labels import Labels
+from tests.conftest import tiny_model, tiny_text_encoder
+from train.cache import Texts, cache_latents
+from train.data import fit, open_source, to_unit
+from vae.autoencoder import Autoencoder, Identity
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
+@pytest.fixture
+def vae() -> Autoencoder:
+    vae = tiny_model().vae
+    assert isinstance(vae, Autoencoder)
+    return vae
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def encoded(folder: Path, vae: Autoencoder | Identity, size: int = 16):
+    source = open_source(str(folder), size)
+    pixels = [torch.from_numpy(fit(source[i].image, size).copy()) for i in range(len(source))]
+    with torch.no_grad():
+        return vae.encode(to_unit(torch.stack(pixels)))
+
+
+def shards(cache: Path) -> list[Path]:
+    return sorted(cache.glob("latents-*/*.safetensors"))
+
+
+def test_latents_are_the_autoencoders(
+    picture_folder: Path, tmp_path: Path, vae: Autoencoder, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.cache, "SHARD", 3)
+    source = open_source(str(picture_folder), 16)
+    latents = cache_latents(source, vae, 16, tmp_path / "cache", accelerator, workers=0)
+    wanted = encoded(picture_folder, vae)
+    assert latents.mean.dtype == latents.logvar.dtype == torch.float16
+    assert latents.mean.shape == (8, 4, 4, 4)
+    torch.testing.assert_close(latents.mean.float(), wanted.mean, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(latents.logvar.float(), wanted.logvar, atol=1e-3, rtol=1e-3)
+    assert latents.captions[2] == ("a blue square",)
+    assert len(shards(tmp_path / "cache")) == 3
+    # A posterior, not one frozen sample of it: other noise gives another latent.
+    posterior = latents.posterior(torch.tensor([5, 0]), torch.device("cpu"))
+    torch.testing.assert_close(posterior.mean, wanted.mean[[5, 0]], atol=1e-3, rtol=1e-3)
+    a, b = (posterior.sample(torch.randn(2, 4, 4, 4)) for _ in range(2))
+    assert (a - b).abs().mean() > 0.1
+    assert latents.select(torch.tensor([7])).captions == [("a orange square",)]
+    again = cache_latents(source, vae, 16, tmp_path / "cache", accelerator, workers=0)
+    assert again.mean.equal(latents.mean)
+    assert again.captions == latents.captions
+
+
+def test_a_picture_is_its_own_latent_without_an_autoencoder(
+    picture_folder: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    source = open_source(str(picture_folder), 16)
+    latents = cache_latents(source, Identity(), 16, tmp_path / "cache", accelerator, workers=0)
+    wanted = encoded(picture_folder, Identity()).mean
+    posterior = latents.posterior(torch.arange(8), torch.device("cpu"))
+    torch.testing.assert_close(posterior.sample(torch.ones(8, 3, 16, 16)), wanted, atol=1e-3, rtol=0)
+
+
+def test_caches_are_kept_apart_by_all_they_depend_on(
+    picture_folder: Path, tmp_path: Path, vae: Autoencoder, accelerator: Accelerator
+) -> None:
+    def cache(size: int = 16):
+        source = open_source(str(picture_folder), size)
+        return cache_latents(source, vae, size, tmp_path / "cache", accelerator, workers=0)
+
+    first = cache()
+    assert len(shards(tmp_path / "cache")) == 1
+    cache()
+    assert len(shards(tmp_path / "cache")) == 1
+    assert cache(32).mean.shape == (8, 4, 8, 8)
+    assert len(shards(tmp_path / "cache")) == 2
+    with torch.no_grad():
+        vae.encoder.conv_out.bias += 1e-3
+    moved = cache()
+    assert len(shards(tmp_path / "cache")) == 3
+    assert (moved.mean != first.mean).any()
+    Image.new("RGB", (16, 16), "pink").save(picture_folder / "0.png")
+    other = cache()
+    assert (other.mean[0] != moved.mean[0]).any()
+    assert other.mean[1:].equal(moved.mean[1:])
+    lines = (picture_folder / "metadata.jsonl").read_text()
+    (picture_folder / "metadata.jsonl").write_text(lines.replace("a red", "a pink"))
+    assert cache().captions[0] == ("a pink square",)  # captions lie in the cache, too
+
+
+def test_a_killed_caching_goes_on(
+    picture_folder: Path, tmp_path: Path, vae: Autoencoder, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.cache, "SHARD", 2)
+    source = open_source(str(picture_folder), 16)
+    whole = cache_latents(source, vae, 16, tmp_path / "whole", accelerator, workers=0)
+    encode, calls = vae.encode, []
+
+    def killed(images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(images)
+
+    monkeypatch.setattr(vae, "encode", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(source, vae, 16, tmp_path / "killed", accelerator, workers=0)
+    done = shards(tmp_path / "killed")
+    assert [f.name for f in done] == ["000000.safetensors", "000001.safetensors"]
+    times = [f.stat().st_mtime_ns for f in done]
+    done[0].with_name("000002.0.partial").write_bytes(b"half a shard")
+    again = cache_latents(source, vae, 16, tmp_path / "killed", accelerator, workers=0)
+    assert sum(calls[3:]) == 4  # only the pictures of the two shards that were not there
+    assert [f.stat().st_mtime_ns for f in done] == times
+    assert again.mean.equal(whole.mean)
+    assert again.logvar.equal(whole.logvar)
+    assert again.captions == whole.captions
+
+
+def test_broken_pictures_are_left_out_or_refused(
+    tmp_path: Path, vae: Autoencoder, accelerator: Accelerator, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"number {i}")
+    (folder / "7.png").write_bytes(b"broken")
+    for _ in range(2):  # from the cache as well as at the first time
+        source = open_source(str(folder), 16)
+        latents = cache_latents(source, vae, 16, tmp_path / "cache", accelerator, workers=0)
+        assert len(latents.mean) == 19
+        assert ("number 7",) not in latents.captions
+        assert str(folder / "7.png") in capsys.readouterr().out
+    (folder / "8.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=rf"2 of 20 pictures cannot be used .*{folder}"):
+        cache_latents(open_source(str(folder), 16), vae, 16, tmp_path / "cache", accelerator, workers=0)
+
+
+@pytest.mark.parametrize("limit", [train.cache.TABLE_LIMIT, 1])
+def test_texts_are_the_encoders(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.cache, "TABLE_LIMIT", limit)
+    encoder = tiny_text_encoder()
+    long = "a red circle on a blue background " * 4  # more than one window: all rows become as long
+    groups = [("a red circle", "a fox"), (long,)]
+    texts = Texts(encoder, groups, torch.device("cpu"))
+    asked = ["a fox", "", long, "a fox"]
+    context = texts(asked)
+    wanted = encoder(asked)
+    assert context.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(context[name], value, atol=1e-5, rtol=1e-5)
+    null = encoder.null(1, like=context)
+    torch.testing.assert_close(context["encoder_hidden_states"][1:2], null["encoder_hidden_states"])
+    short = texts(["a fox"])  # a batch without the long caption has its shape all the same
+    assert short["encoder_hidden_states"].shape[1] == wanted["encoder_hidden_states"].shape[1]
+
+
+def test_texts_of_labels_and_of_nothing() -> None:
+    labels = Labels(["cat", "dog"])
+    texts = Texts(labels, [("cat",), ("dog",)], torch.device("cpu"))
+    assert texts(["dog", "", "cat"])["class_labels"].tolist() == [1, 2, 0]
+    assert texts([""])["class_labels"].equal(labels.null(1)["class_labels"])
+    assert Texts(Unconditional(), [("cat",)], torch.device("cpu"))(["cat", ""]) == {}
