@@ -224,7 +224,8 @@ class TextToImagePipeline:
                     callback(i, sigma, x, x0)
 
             options: dict[str, Any] = {"eta": eta} if name == "ddim" else {}
-            x = chosen.function(denoise, x, sigmas, noise=noise, callback=stepped, **options)
+            with model.unet.reuse_contexts():
+                x = chosen.function(denoise, x, sigmas, noise=noise, callback=stepped, **options)
         if output_type == "latent":
             return Output(x, seeds) if return_dict else (x, None)
         pixels = (model.vae.decode(x).float().clamp(-1, 1) + 1) / 2

@@ -100,9 +100,8 @@ def _encode_shard(
     empty = [torch.zeros(shape, dtype=torch.float16)]
     partial = place / f"{shard:06d}.{accelerator.process_index}.partial"
     said = json.dumps({"captions": captions, "unusable": unusable})
-    save_file(
-        {"mean": torch.cat(means or empty), "logvar": torch.cat(logvars or empty)}, partial, metadata={"captions": said}
-    )
+    moments = {"mean": torch.cat(means or empty), "logvar": torch.cat(logvars or empty)}
+    save_file({name: m.contiguous() for name, m in moments.items()}, partial, metadata={"captions": said})
     partial.rename(_shard(place, shard))
 
 

@@ -270,6 +270,16 @@ def _captions(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(t.strip() for t in texts if t and t.strip())
 
 
+def first_captions(source: Source) -> set[str]:
+    """The distinct canonical captions of a source, without decoding its pictures where they can be had so."""
+    if isinstance(source, FolderSource):
+        return {group[0] for group in source.captions}
+    if isinstance(source, ParquetSource):
+        groups = ([text] if isinstance(text, str) else text or [] for text in source.rows[source.text_column])
+        return {captions[0] for group in groups if (captions := _captions(group))}
+    return {source[i].captions[0] for i in range(len(source))}
+
+
 def describe(source: Source, size: int) -> str:
     """What was found, with three parsed rows, for the first lines that a training run prints."""
     lines = [f"{len(source):,} pictures, captions: {getattr(source, 'origin', type(source).__name__)}"]

@@ -30,11 +30,11 @@ from pipelines.folder import Defaults, Model, find_model, load_conditioner, load
 from pipelines.text_to_image import TextToImagePipeline
 from train.cache import Latents, Texts, cache_latents
 from train.config import parse
-from train.data import batch_indices, describe, generator, open_source, permutation
+from train.data import batch_indices, describe, first_captions, generator, open_source, permutation
 from train.grid import grid
 from train.launch import MixedPrecision, memory_format, start
 from train.state import EMA, learning_rate, resume, save_checkpoint
-from vae.autoencoder import Identity
+from vae.autoencoder import Autoencoder, Identity
 
 SMALL = UNetConfig(
     block_out_channels=(64, 128),
@@ -65,7 +65,7 @@ class Config:
     noise_std: float | None = 1.4
     weight: Literal["plain", "min_snr", "edm", "x0", "elbo"] = "plain"
     caption_dropout: float = 0.1  # share of captions replaced by the null context, for classifier-free guidance
-    size: int | None = None  # side of the pictures in pixels; None: 128, or what the model was trained on
+    size: int | None = None  # side of the pictures in pixels; None: what model or autoencoder were trained on
     views: int = 1  # how often each drawn pictogram is drawn, each time a little differently
     updates: int = 1200  # optimizer updates in all
     batch_size: int = 32  # pictures in one step of one process
@@ -122,12 +122,14 @@ def build(config: Config) -> Model:
         model = load_model(config.model)
         model.defaults = replace(model.defaults, caption_dropout=config.caption_dropout, data=config.data)
         return model
-    pixels = config.vae == "none"
-    vae = Identity() if pixels else load_autoencoder(find_model(None) if config.vae == "bundled" else Path(config.vae))
+    vae: Autoencoder | Identity
+    if config.vae == "none":
+        vae = Identity()
+    else:
+        vae = load_autoencoder(find_model(None) if config.vae == "bundled" else Path(config.vae))
     conditioner: Labels | Unconditional
     if config.text_encoder == "labels":
-        source = open_source(config.data, 32, font=config.font)
-        conditioner = Labels(sorted({source[i].captions[0] for i in range(len(source))}))
+        conditioner = Labels(sorted(first_captions(open_source(config.data, 32, font=config.font))))
     elif config.text_encoder == "none":
         conditioner = Unconditional()
     else:
@@ -135,7 +137,8 @@ def build(config: Config) -> Model:
         folder = find_model(None) if where is None else newest(Path(where))
         conditioner = load_conditioner(folder, {})  # type: ignore[assignment]
     tower = getattr(conditioner, "tower", None)
-    size = config.size or 128
+    own = 32 if isinstance(vae, Identity) else vae.config.sample_size
+    size = config.size or (own if isinstance(own, int) else max(own))
     unet = replace(
         config.unet,
         in_channels=vae.latent_channels,
