@@ -75,6 +75,8 @@ def scheduler_config(path: str, prediction: str, *, sigma_data: float = 1.0, zer
     DDIMScheduler config, because readers fill in what is missing each in their own way.
     """
     if path in ("flow", "edm"):
+        if zero_snr:
+            raise ValueError(f"zero_snr rescales a table of betas, and path {path!r} has none: leave it out")
         return {"_class_name": "Atelier", "path": path, "prediction": prediction, "sigma_data": sigma_data}
     name = {"cosine": "squaredcos_cap_v2"}.get(path, path)
     types = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}

@@ -61,7 +61,7 @@ class Config:
     prediction: Literal["epsilon", "sample", "v", "velocity", "edm"] = "v"
     zero_snr: bool = False  # rescale the betas to end in pure noise
     noise: Literal["uniform", "log_normal", "logit_normal"] = "log_normal"  # distribution of training noise
-    noise_mean: float | None = 0.4  # of log(sigma)
+    noise_mean: float | None = 0.4  # of log(sigma); uniform noise has none
     noise_std: float | None = 1.4
     weight: Literal["plain", "min_snr", "edm", "x0", "elbo"] = "plain"
     caption_dropout: float = 0.1  # share of captions replaced by the null context, for classifier-free guidance
@@ -92,6 +92,8 @@ class Config:
         for name in ("updates", "batch_size", "accumulate", "checkpoint_every", "steps", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"--size is {self.size}: expected at least 1")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"--caption-dropout is {self.caption_dropout}: expected a share from 0 to below 1")
 
@@ -120,7 +122,12 @@ def build(config: Config) -> Model:
     """The model to train: an existing one, or a new U-Net between an existing autoencoder and text encoder."""
     if config.model:
         model = load_model(config.model)
-        model.defaults = replace(model.defaults, caption_dropout=config.caption_dropout, data=config.data)
+        model.defaults = replace(
+            model.defaults,
+            caption_dropout=config.caption_dropout,
+            data=config.data,
+            size=config.size or model.defaults.size,
+        )
         return model
     vae: Autoencoder | Identity
     if config.vae == "none":
@@ -140,7 +147,7 @@ def build(config: Config) -> Model:
     own = 32 if isinstance(vae, Identity) else vae.config.sample_size
     size = config.size or (own if isinstance(own, int) else max(own))
     unet = replace(
-        config.unet,
+        config.unet if tower else without_text(config.unet),
         in_channels=vae.latent_channels,
         out_channels=vae.latent_channels,
         sample_size=size // vae.downscale,
@@ -158,6 +165,17 @@ def build(config: Config) -> Model:
     torch.manual_seed(config.seed)
     scheduler = scheduler_config(config.path, config.prediction, zero_snr=config.zero_snr)
     return Model(UNet(unet), vae, conditioner, scheduler, defaults)
+
+
+def without_text(unet: UNetConfig) -> UNetConfig:
+    """The same widths with attention of the picture to itself alone, in heads of as many channels."""
+    return replace(
+        unet,
+        down_block_types=tuple(kind.replace("CrossAttn", "Attn") for kind in unet.down_block_types),
+        mid_block_type=unet.mid_block_type and unet.mid_block_type.removesuffix("CrossAttn"),
+        up_block_types=tuple(kind.replace("CrossAttn", "Attn") for kind in unet.up_block_types),
+        attention_head_dim=unet.block_out_channels[0] // unet.per_level("attention_head_dim")[0],
+    )
 
 
 @dataclass
@@ -260,7 +278,8 @@ def main(config: Config) -> Path:
 
     unet.train().requires_grad_(True)
     unet.gradient_checkpointing = config.gradient_checkpointing
-    noise_levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
+    normal = {} if config.noise == "uniform" else {"mean": config.noise_mean, "std": config.noise_std}
+    noise_levels = training_noise(config.noise, model.schedule, **normal)
     weight = training_weight(config.weight, model.denoiser, noise_levels)
     ema = EMA(unet, config.ema_decay)
     optimizer = torch.optim.AdamW(
@@ -306,6 +325,11 @@ def main(config: Config) -> Path:
             accelerator.backward(loss / config.accumulate)
             total += loss.detach() / config.accumulate
         norm = accelerator.clip_grad_norm_(unet.parameters(), config.clip)
+        if not torch.isfinite(norm) and config.mixed_precision != "fp16":  # there, the scaler leaves such a step out
+            raise ValueError(
+                f"the gradient is {norm.item()} at update {update} (captions {batch.captions[:3]} …): lower "
+                f"--learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
+            )
         optimizer.step()
         optimizer.zero_grad()
         ema.step(update)

@@ -82,6 +82,8 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
         if self.crop > self.size:
             raise ValueError(f"--crop {self.crop} is larger than --size {self.size}")
+        if self.loss.adversarial and self.crop < 24:
+            raise ValueError(f"--crop {self.crop}: the discriminator needs at least 24 pixels, or --loss.adversarial 0")
 
 
 PRESETS = {
@@ -118,6 +120,19 @@ def crops(
         cut.append(square)
         noise.append(torch.randn(noise_shape, generator=draw))
     return to_unit(torch.stack(cut)), torch.stack(noise)
+
+
+@torch.no_grad()
+def new_autoencoder(model: AutoencoderConfig) -> Autoencoder:
+    """New weights, with posteriors of standard deviation exp(-3).
+
+    PyTorch's own have one of about 1, which drowns the means: hundreds of updates would pass before a colour comes
+    through.
+    """
+    vae = Autoencoder(model)
+    last = vae.quant_conv or vae.encoder.conv_out
+    last.bias[model.latent_channels :] = -6.0  # type: ignore[index]
+    return vae
 
 
 @torch.no_grad()
@@ -166,7 +181,13 @@ def main(config: Config) -> Path:
     shown = pixels[torch.linspace(0, len(pixels) - 1, min(64, len(pixels))).long()]
 
     torch.manual_seed(config.seed)
-    vae = load_autoencoder(config.init).requires_grad_(True).train() if config.init else Autoencoder(config.model)
+    vae = load_autoencoder(config.init).requires_grad_(True).train() if config.init else new_autoencoder(config.model)
+    if any(side % vae.downscale for side in (config.size, config.crop)):
+        raise ValueError(
+            f"--size {config.size}, --crop {config.crop}: expected multiples of {vae.downscale}, the network's factor"
+        )
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        raise ValueError("set use_quant_conv and use_post_quant_conv: the latents' statistics are folded into them")
     layout = memory_format(accelerator)
     vae = vae.to(accelerator.device).to(memory_format=layout)
     parameters = sum(p.numel() for p in vae.parameters())
@@ -217,6 +238,11 @@ def main(config: Config) -> Path:
             )
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
+        if not torch.isfinite(norm) and config.mixed_precision != "fp16":  # there, the scaler leaves such a step out
+            raise ValueError(
+                f"the gradient is {norm.item()} at update {update}: lower --learning-rate or set --mixed-precision no; "
+                f"the checkpoints in {config.output} are untouched"
+            )
         optimizer.step()
         optimizer.zero_grad()
         if weight:

@@ -1,0 +1,142 @@
+"""The scripts as people start them: by the launcher, from any folder, in one process or two; or a sentence on why not."""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines import TextToImagePipeline
+from train.ldm import PRESETS, main
+from train.state import checkpoints
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+ROOT = Path(__file__).resolve().parents[1]
+ACCELERATE = Path(sys.executable).with_name("accelerate")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, other commands are right")
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    # Without OMP_NUM_THREADS, as in a fresh terminal: the launcher then sets it to 1.
+    inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    env = {**inherited, "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def flags(pictures: Path, model: Path, output: Path) -> list[str]:
+    """Two updates of a tiny model."""
+    return [
+        *("--data", str(pictures), "--model", str(model), "--output", str(output), "--cache", str(output / "cache")),
+        *[
+            "--updates",
+            "2",
+            "--batch-size",
+            "2",
+            "--warmup",
+            "1",
+            "--clip",
+            "1e9",
+            "--learning-rate",
+            "1e-3",
+            "--workers",
+            "0",
+            "--seed",
+            "3",
+        ],
+    ]
+
+
+def test_the_launcher_trains_from_the_projects_folder(picture_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    result = run(ACCELERATE, "launch", "train/ldm.py", *flags(picture_folder, model_folder, tmp_path / "run"), cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert f"1 process(es) on cpu, {CORES} thread(s) each" in result.stdout
+    assert "8 pictures, captions: metadata.jsonl" in result.stdout
+    assert (tmp_path / "run" / "samples" / "0000002.png").is_file()
+    image = TextToImagePipeline.from_pretrained(tmp_path / "run", device="cpu")("a red square", steps=2).images[0]
+    assert image.size == (16, 16)
+
+
+@NO_GPU
+def test_fewer_processes_than_asked_for_are_refused() -> None:
+    # From a folder below: that this sentence is reached means that the project's packages were found.
+    result = run(ACCELERATE, "launch", "--cpu", "--num_processes", "2", "../train/ldm.py", cwd=ROOT / "tests")
+    assert result.returncode != 0
+    assert "error: the launcher was asked for several processes and started one." in result.stderr
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train/ldm.py" in result.stderr
+    assert 'ldm.py", line' not in result.stderr  # a sentence, no traceback of ours
+
+
+@NO_GPU
+@pytest.mark.slow
+def test_strangers_are_refused(tmp_path: Path) -> None:
+    port = ("--main_process_port", str(free_port()))
+    result = run(ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2", *port, "train/ldm.py", cwd=ROOT)
+    assert result.returncode != 0
+    assert "error: the launcher started 2 processes, but they do not know each other" in result.stderr
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train/ldm.py" in result.stderr
+
+
+@NO_GPU
+@pytest.mark.slow
+def test_two_processes_train_the_model_that_one_trains(
+    picture_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """By the command that works, from a folder that has nothing to do with the project."""
+    arguments = flags(picture_folder, model_folder, Path("two"))
+    launch = (ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", free_port())
+    result = run(*map(str, launch), ROOT / "train" / "ldm.py", *arguments, cwd=tmp_path, ACCELERATE_USE_CPU="true")
+    assert result.returncode == 0, result.stderr
+    assert f"2 process(es) on cpu, {max(1, CORES // 2)} thread(s) each" in result.stdout
+    assert result.stdout.count("8 pictures to train on") == 1
+    config = replace(
+        PRESETS["fine-tune"],
+        data=str(picture_folder),
+        model=str(model_folder),
+        output=tmp_path / "one",
+        cache=tmp_path / "cache",
+        updates=2,
+        batch_size=4,
+        warmup=1,
+        clip=1e9,
+        learning_rate=1e-3,
+        workers=0,
+        seed=3,
+    )
+    main(config)
+    main(replace(config, output=tmp_path / "other", seed=4))
+    two, one, other = (
+        torch.load(checkpoints(tmp_path / name)[-1] / "training" / "state.pt", weights_only=True)
+        for name in ("two", "one", "other")
+    )
+
+    def moments(state: dict) -> torch.Tensor:
+        """The mean gradient of both updates, in essence."""
+        return torch.cat([s["exp_avg"].flatten() for s in state["optimizer"]["state"].values()])
+
+    scale = float(moments(one).abs().max())
+    torch.testing.assert_close(moments(two), moments(one), atol=1e-4 * scale, rtol=1e-3)
+    assert (moments(other) - moments(one)).abs().max() > 0.05 * scale  # the same batches, not just any
+    start = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = sum(float((one["unet"][name] - weight).abs().sum()) for name, weight in start.items())
+    apart = sum(float((one["unet"][name] - weight).abs().sum()) for name, weight in two["unet"].items())
+    # Where a gradient is nothing but rounding, AdamW makes steps of it all the same.
+    assert apart < 0.02 * moved
+
+
+def test_the_autoencoders_script_finds_the_package_that_ldm_py_hides(tmp_path: Path) -> None:
+    result = run(sys.executable, ROOT / "train" / "vae.py", "--preset", "nothing", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == "error: --preset 'nothing': expected one of shapes, bundled"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

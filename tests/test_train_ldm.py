@@ -1,0 +1,420 @@
+"""Training a model: that it learns and paints what it learnt, and that nothing about how it was run shows in it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+import train.ldm
+from ldm.unet import UNetConfig
+from pipelines import TextToImagePipeline
+from pipelines.folder import load_model
+from train.cache import Latents
+from train.config import parse
+from train.ldm import PRESETS, Config, draw_batch, main
+from train.state import checkpoints
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow", "purple", "orange")
+UNET = UNetConfig(
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    cross_attention_dim=32,
+    attention_head_dim=2,
+    norm_num_groups=8,
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures of one colour each; two captions say which."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, colour in enumerate(COLOURS):
+        Image.new("RGB", (8, 8), colour).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {colour} square\n{colour}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixels(pictures: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of a few updates in pixel space."""
+    return Config(
+        data=str(pictures),
+        output=tmp_path_factory.mktemp("unused"),
+        cache=tmp_path_factory.mktemp("cache"),
+        vae="none",
+        text_encoder=str(model_folder),
+        unet=UNET,
+        size=8,
+        updates=2,
+        batch_size=4,
+        warmup=1,
+        checkpoint_every=1000,
+        prompts=("a red square",),
+        steps=2,
+        workers=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def latents(pixels: Config, model_folder: Path) -> Config:
+    """The same in the latents of an autoencoder."""
+    return replace(pixels, vae=str(model_folder), size=16)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run)[-1] / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def state(run: Path) -> dict:
+    return torch.load(checkpoints(run)[-1] / "training" / "state.pt", weights_only=True)
+
+
+def paint(run: Path, prompt: str = "a red square", **call) -> np.ndarray:
+    pipe = TextToImagePipeline.from_pretrained(run, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return np.asarray(pipe(prompt, seed=0, **call).images[0], np.float32)
+
+
+@pytest.fixture(scope="module")
+def trained(pixels: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learnt its eight pictures, with the numbers that it logged."""
+    output, numbers = tmp_path_factory.mktemp("trained"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Accelerator, "log", lambda self, values, step: numbers.append({"update": step, **values}))
+        main(
+            replace(
+                pixels,
+                output=output,
+                updates=300,
+                batch_size=16,
+                learning_rate=4e-3,
+                warmup=10,
+                ema_decay=0.98,
+                prompts=(),
+                steps=10,
+                guidance_scale=1.5,
+            )
+        )
+    (output / "numbers.json").write_text(json.dumps(numbers))
+    return output
+
+
+def test_eight_pictures_are_learnt_and_painted_back(trained: Path) -> None:
+    pipe = TextToImagePipeline.from_pretrained(trained, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    known = np.stack([np.asarray(Image.new("RGB", (8, 8), colour), np.float32) for colour in COLOURS])
+    for prompts in ([f"a {colour} square" for colour in COLOURS], list(COLOURS)):  # the first caption, and the other
+        painted = np.stack([np.asarray(image, np.float32) for image in pipe(prompts, seed=0).images])
+        distance = np.square(painted[:, None] - known).mean((2, 3, 4)) ** 0.5  # RMS, of 255
+        assert distance.argmin(1).tolist() == list(range(8))
+        assert distance.diagonal().max() < 45
+
+
+def test_a_run_leaves_numbers_pictures_and_a_model(trained: Path, pixels: Config) -> None:
+    numbers = json.loads((trained / "numbers.json").read_text())
+    losses = [n["loss"] for n in numbers if "loss" in n]
+    assert losses[-1] < 0.25 * losses[0]
+    rates = [n["learning_rate"] for n in numbers if "loss" in n]
+    assert rates[-1] < 1e-3 * rates[0]
+    assert all(n["ema_distance"] > 0 for n in numbers if "loss" in n)
+    errors = {float(k.split()[-1]): v for k, v in numbers[-1].items() if k.startswith("validation/")}
+    assert len(errors) == 5
+    assert 0 < errors[0.25] < errors[1.0] < 0.2  # of the variance of the pictures, where their mean has 1
+    with Image.open(trained / "samples" / "0000300.png") as sheet:
+        assert np.asarray(sheet.convert("RGB")).std() > 10
+    notes = json.loads((checkpoints(trained)[-1] / "atelier.json").read_text())
+    assert notes["caption_dropout"] == 0.1
+    assert notes["data"] == pixels.data
+    assert (notes["steps"], notes["guidance_scale"]) == (10, 1.5)
+    averaged, raw = weights(trained), state(trained)["unet"]
+    assert averaged.keys() == raw.keys()
+    assert any((averaged[name] != raw[name]).any() for name in raw)
+
+
+def test_a_checkpoint_with_autoencoder_and_text_opens_in_diffusers(latents: Config, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    run = main(replace(latents, output=tmp_path, batch_size=8))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(checkpoints(run)[-1], safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    start = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    call: dict = {"num_inference_steps": 5, "guidance_scale": 3.0, "latents": start}
+    ours = TextToImagePipeline.from_pretrained(run, device="cpu")("a red square", sampler="ddim", **call).images[0]
+    wanted = theirs("a red square", height=16, width=16, **call).images[0]
+    assert np.abs(np.asarray(ours, np.float32) - np.asarray(wanted, np.float32)).mean() < 1
+    assert np.asarray(ours).std() > 1
+
+
+# Runs that are stopped, divided, or started again
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    rate = train.ldm.learning_rate
+
+    def killing(update: int, **kwargs) -> float:
+        if update == at:
+            raise Killed
+        return rate(update, **kwargs)
+
+    monkeypatch.setattr(train.ldm, "learning_rate", killing)
+
+
+def test_a_killed_run_ends_with_the_same_bytes(
+    latents: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(latents, updates=6, checkpoint_every=3, batch_size=3, accumulate=2, caption_dropout=0.3)
+    whole = main(replace(config, output=tmp_path / "whole"))
+    kill_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        main(replace(config, output=tmp_path / "killed"))
+    monkeypatch.undo()
+    torch.manual_seed(99)  # nothing hangs on what the process drew before
+    again = main(replace(config, output=tmp_path / "killed"))
+    for name in ("unet/diffusion_pytorch_model.safetensors", "atelier.json", "scheduler/scheduler_config.json"):
+        assert (checkpoints(whole)[-1] / name).read_bytes() == (checkpoints(again)[-1] / name).read_bytes()
+    a, b = state(whole), state(again)
+    assert a["update"] == b["update"] == 6
+    assert all(a["unet"][name].equal(b["unet"][name]) for name in a["unet"])
+    for one, other in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert all(one[name].equal(other[name]) for name in one)
+    assert (whole / "samples/0000006.png").read_bytes() == (again / "samples/0000006.png").read_bytes()
+    # Done is done; other settings are another run; a longer run of the same goes on.
+    before = (checkpoints(again)[-1] / "training" / "state.pt").stat().st_mtime_ns
+    main(replace(config, output=tmp_path / "killed"))
+    assert (checkpoints(again)[-1] / "training" / "state.pt").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 before, 0.5 now"):
+        main(replace(config, output=tmp_path / "killed", learning_rate=0.5))
+    assert state(main(replace(config, output=tmp_path / "killed", updates=7)))["update"] == 7
+
+
+def test_accumulated_steps_are_one_batch(latents: Config, tmp_path: Path) -> None:
+    config = replace(latents, updates=1, clip=1e9)
+    runs = {
+        (size, parts): main(replace(config, output=tmp_path / f"{size}x{parts}", batch_size=size, accumulate=parts))
+        for size, parts in ((8, 1), (4, 2), (4, 1))
+    }
+    # After one update AdamW's first moment is the gradient, times 1 - 0.9.
+    moments = {
+        key: torch.cat([s["exp_avg"].flatten() for s in state(run)["optimizer"]["state"].values()])
+        for key, run in runs.items()
+    }
+    scale = moments[8, 1].abs().max()
+    torch.testing.assert_close(moments[4, 2], moments[8, 1], atol=1e-5 * float(scale), rtol=1e-4)
+    assert (moments[4, 1] - moments[8, 1]).abs().max() > 0.01 * scale
+
+
+def test_batches_do_not_hang_on_how_they_are_divided(pixels: Config) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    mean = torch.randn(6, 3, 2, 2, generator=drawn)
+    set_ = Latents(mean, torch.zeros_like(mean), [(f"{i}", f"number {i}") for i in range(6)])
+    config = replace(pixels, batch_size=8, caption_dropout=0.25)
+    whole = draw_batch(config, set_, 5, 0, 8, torch.device("cpu"))
+    halves = [draw_batch(replace(config, batch_size=4), set_, 5, first, 8, torch.device("cpu")) for first in (0, 4)]
+    for name in ("x0", "noise", "u"):
+        assert torch.cat([getattr(half, name) for half in halves]).equal(getattr(whole, name))
+    assert halves[0].captions + halves[1].captions == whole.captions
+    # Each place in the batch has its share of the noise levels.
+    assert (whole.u * 8).floor().tolist() == list(range(8))
+    assert not draw_batch(config, set_, 6, 0, 8, torch.device("cpu")).noise.equal(whole.noise)
+    many = [c for u in range(200) for c in draw_batch(config, set_, u, 0, 8, torch.device("cpu")).captions]
+    assert 0.2 < many.count("") / len(many) < 0.3
+    said = {f"{i}" for i in range(6)} | {f"number {i}" for i in range(6)}
+    assert set(many) == said | {""}
+
+
+def test_gradient_checkpointing_changes_memory_alone(latents: Config, tmp_path: Path) -> None:
+    plain = weights(main(replace(latents, output=tmp_path / "plain", updates=1)))
+    saving = weights(main(replace(latents, output=tmp_path / "saving", updates=1, gradient_checkpointing=True)))
+    for name, weight in plain.items():
+        torch.testing.assert_close(saving[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_trains_float32_weights(latents: Config, tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = main(replace(latents, output=tmp_path, mixed_precision="bf16"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = state(run)
+    for tensors in (weights(run), found["unet"], found["optimizer"]["state"][0]):
+        assert {t.dtype for t in tensors.values()} == {torch.float32}
+        assert all(t.isfinite().all() for t in tensors.values())
+
+
+# Other paths, other conditions
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"path": "flow", "prediction": "velocity", "noise": "logit_normal", "noise_mean": None, "noise_std": None},
+        {"path": "edm", "prediction": "edm", "weight": "edm"},
+        {"path": "linear", "prediction": "epsilon", "noise": "uniform", "weight": "min_snr"},
+        {"path": "cosine", "prediction": "sample", "noise": "uniform", "weight": "elbo"},
+        {"zero_snr": True, "weight": "x0"},
+        {"text_encoder": "labels"},
+        {"text_encoder": "none"},
+        {"caption_dropout": 0.0, "guidance_scale": 1.0},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_every_kind_trains_and_paints(pixels: Config, tmp_path: Path, settings: dict) -> None:
+    config = replace(pixels, output=tmp_path, learning_rate=1e-3, **settings)
+    if settings.get("text_encoder") == "labels":
+        folder = tmp_path / "classes"
+        for i, colour in enumerate(COLOURS):
+            (folder / colour).mkdir(parents=True)
+            Image.new("RGB", (8, 8), colour).save(folder / colour / f"{i}.png")
+        config = replace(config, data=str(folder), prompts=("red", "blue"))
+    run = main(config)
+    model = load_model(run)
+    assert model.prediction == config.prediction
+    assert model.defaults.caption_dropout == config.caption_dropout
+    picture = paint(run, config.prompts[0])
+    assert picture.shape == (8, 8, 3)
+    assert picture.std() > 0
+    if "text_encoder" in settings:
+        differs = (picture != paint(run, config.prompts[-1], guidance_scale=3.0)).any()
+        assert differs == (config.text_encoder == "labels")
+    assert all(w.isfinite().all() for w in weights(run).values())
+
+
+def test_labels_survive_a_broken_picture(pixels: Config, tmp_path: Path) -> None:
+    for colour in ("red", "blue"):
+        (tmp_path / "classes" / colour).mkdir(parents=True)
+        for i in range(15):
+            Image.new("RGB", (8, 8), colour).save(tmp_path / "classes" / colour / f"{i}.png")
+    (tmp_path / "classes" / "red" / "3.png").write_bytes(b"broken")
+    config = replace(pixels, data=str(tmp_path / "classes"), text_encoder="labels", prompts=("red",))
+    run = main(replace(config, output=tmp_path / "run"))
+    assert load_model(run).conditioner.names == ("blue", "red")
+
+
+def test_fine_tuning_starts_from_the_model(pixels: Config, model_folder: Path, tmp_path: Path) -> None:
+    config = replace(pixels, model=str(model_folder), output=tmp_path, size=None, caption_dropout=0.2)
+    run = main(replace(config, learning_rate=1e-9))
+    before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, weight in weights(run).items():
+        torch.testing.assert_close(weight, before[name], atol=1e-6, rtol=0)
+    model, base = load_model(run), load_model(model_folder)
+    assert (model.prediction, model.scheduler) == (base.prediction, base.scheduler)
+    assert model.size == 16
+    assert (model.defaults.caption_dropout, model.defaults.data) == (0.2, config.data)
+    assert np.abs(paint(run) - paint(model_folder)).max() <= 1
+    for part in ("vae", "text_encoder"):
+        files = (next((folder / part).glob("*.safetensors")) for folder in (checkpoints(run)[-1], model_folder))
+        one, other = map(load_file, files)
+        assert all(one[name].equal(other[name]) for name in other)
+    # Tuned at another size, that is what it paints from now on; and a run can be tuned further.
+    larger = main(replace(config, model=str(run), output=tmp_path / "larger", size=24))
+    assert load_model(larger).size == 24
+    assert paint(larger).shape == (24, 24, 3)
+
+
+# What stops a run
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(pixels, output=tmp_path, updates=6, checkpoint_every=2)
+    rate = train.ldm.learning_rate
+    monkeypatch.setattr(
+        train.ldm, "learning_rate", lambda update, **kwargs: 1e30 if update == 2 else rate(update, **kwargs)
+    )
+    with pytest.raises(ValueError, match=r"loss is (nan|inf) at update 3 \(captions .*--learning-rate"):
+        main(config)
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000002"]
+    assert paint(tmp_path).std() > 0
+    monkeypatch.undo()
+    assert state(main(config))["update"] == 6  # goes on from the good one
+
+
+def test_gradients_that_are_no_numbers_reach_no_checkpoint(
+    pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward, steps = Accelerator.backward, []
+
+    def poisoned(self, loss, **kwargs) -> None:
+        backward(self, loss, **kwargs)
+        steps.append(loss)
+        if len(steps) == 4:
+            self._models[-1].network.conv_in.weight.grad.fill_(float("nan"))
+
+    monkeypatch.setattr(Accelerator, "backward", poisoned)
+    with pytest.raises(ValueError, match=r"gradient is nan at update 3"):
+        main(replace(pixels, output=tmp_path, updates=6, checkpoint_every=2))
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000002"]
+    assert all(w.isfinite().all() for w in weights(tmp_path).values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"updates": 0}, "--updates is 0: expected at least 1"),
+        ({"batch_size": -1}, "--batch-size is -1"),
+        ({"accumulate": 0}, "--accumulate is 0"),
+        ({"checkpoint_every": 0}, "--checkpoint-every is 0"),
+        ({"size": -8}, "--size is -8"),
+        ({"size": 0}, "--size is 0"),
+        ({"caption_dropout": 1.0}, "--caption-dropout is 1.0: expected a share"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"data": "nowhere"}, "--data 'nowhere' does not exist"),
+        ({"model": "nowhere/at/all"}, "not a model folder"),
+        ({"vae": "nowhere"}, "nowhere.*missing"),
+        ({"text_encoder": "nowhere"}, "nowhere.*missing"),
+        ({"size": 18, "vae": "MODEL"}, "--size 18: expected a multiple of 4"),
+        ({"prediction": "velocity"}, "expected scaled_linear"),
+        ({"prediction": "epsilon", "zero_snr": True}, "pure noise"),
+        ({"path": "flow"}, "v-prediction needs"),
+        ({"path": "flow", "prediction": "velocity", "zero_snr": True}, "zero.snr"),
+        ({"noise": "log_normal", "noise_std": 0.0}, "std"),
+        ({"weight": "min_snr", "zero_snr": True}, "min-SNR"),
+    ],
+)
+def test_runs_that_make_no_sense_are_refused(
+    pixels: Config, model_folder: Path, tmp_path: Path, settings: dict, words: str
+) -> None:
+    settings = {k: str(model_folder) if v == "MODEL" else v for k, v in settings.items()}
+    with pytest.raises(ValueError, match=words):
+        main(replace(pixels, output=tmp_path / "run", **settings))
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_flags_replace_what_the_preset_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(text: str) -> Config:
+        monkeypatch.setattr(sys, "argv", ["ldm.py", *text.split()])
+        return parse(Config, PRESETS, default="shapes")
+
+    assert command("") == PRESETS["shapes"]
+    assert command("--preset bundled") == command("--preset=bundled") == PRESETS["bundled"]
+    changed = command("--preset bundled --updates 3 --unet.block-out-channels 32 64 --size 64 --prompts red blue")
+    unet = replace(PRESETS["bundled"].unet, block_out_channels=(32, 64))
+    assert changed == replace(PRESETS["bundled"], updates=3, unet=unet, size=64, prompts=("red", "blue"))
+    with pytest.raises(ValueError, match=r"--preset 'big': expected one of shapes, fine-tune, bundled"):
+        command("--preset big")
+    with pytest.raises(SystemExit) as stopped:
+        command("--update 3 --optimiser lion")
+    assert stopped.value.code not in (0, None)
