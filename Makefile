@@ -3,11 +3,14 @@ PROMPT ?= an oil painting of a fox
 OUT ?= picture.png
 PYTHON ?= python3
 BIN := .venv/bin
+# Handed on through the environment: no quote, dollar or backtick of a prompt means anything on the way.
+export ATELIER_PROMPT := $(value PROMPT)
+export ATELIER_OUT := $(value OUT)
 
 .PHONY: image test lint clean
 
 image: .venv/installed
-	@$(BIN)/atelier paint "$(subst ",\",$(PROMPT))" --out "$(OUT)"
+	@$(BIN)/atelier paint "$$ATELIER_PROMPT" --out "$$ATELIER_OUT"
 
 test: .venv/tested
 	$(BIN)/python -m pytest

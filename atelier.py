@@ -48,9 +48,13 @@ class Paint:
         if not self.out.suffix:
             raise ValueError(f"--out {self.out} has no ending that names a format: for instance {self.out}.png")
         import torch
+        from PIL import Image
 
         from pipelines import TextToImagePipeline
 
+        ending = self.out.suffix.lower()
+        if ending != ".png" and ending not in Image.registered_extensions():  # known before painting, not after it
+            raise ValueError(f"--out {self.out}: {ending} names no format of pictures: expected .png, for instance")
         dtype = getattr(torch, self.dtype) if self.dtype else None
         pipe = TextToImagePipeline.from_pretrained(self.model, device=self.device, dtype=dtype)
         print(f"painting on {pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -86,15 +90,21 @@ class Data:
     """The colour emoji font's file, for pictograms."""
 
     def run(self) -> None:
-        from train.data import describe, fit, open_source
+        from train.data import describe, open_source, read
         from train.grid import grid
 
+        if self.size < 1:
+            raise ValueError(f"--size {self.size}: expected at least 1")
         source = open_source(self.data, self.size, font=self.font)
         print(describe(source, self.size))
         if self.sheet:
-            chosen = [source[i * len(source) // 32] for i in range(min(32, len(source)))]
-            sheet = grid([fit(e.image, self.size) for e in chosen], [e.captions[0] for e in chosen], columns=8)
-            sheet.save(self.sheet)
+            count = min(32, len(source))
+            chosen = [i * len(source) // count for i in range(count)]
+            (rows,) = read(source, self.size, chosen, batch=count, workers=0, progress=None)
+            whole = [(one.pixels, (*one.captions, "(no caption)")[0]) for one in rows if one.pixels is not None]
+            if not whole:
+                raise ValueError(f"none of {count} pictures can be read, for instance {rows[0].error}")
+            grid([pixels for pixels, _ in whole], [said for _, said in whole], columns=8).save(self.sheet)
             print(self.sheet)
 
 
@@ -139,7 +149,7 @@ def main() -> None:
     )
     try:
         command.run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -84,7 +84,7 @@ class TextToImagePipeline:
             raise ValueError("there is no safety checker in Atelier: leave it out or pass safety_checker=None")
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} are two names of one thing: give one")
-        chosen = torch.device(device or best_device())
+        chosen = usable_device(device or best_device())
         bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported()
         wanted = dtype or torch_dtype or (torch.bfloat16 if bf16 else torch.float32)
         pipe = cls(load_model(path_or_hub_id, dtype=wanted, revision=revision))
@@ -100,7 +100,7 @@ class TextToImagePipeline:
 
     def to(self, device: str | torch.device | torch.dtype, dtype: torch.dtype | None = None) -> Self:
         """Moves the networks to a device, or to a data type, or both; returns the pipeline."""
-        target = self.device if isinstance(device, torch.dtype) else torch.device(device)
+        target = self.device if isinstance(device, torch.dtype) else usable_device(device)
         dtype = device if isinstance(device, torch.dtype) else dtype
         for part in self.model.parts():
             part.to(target, dtype)
@@ -290,6 +290,17 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of this name; ValueError when there is none, or none on this machine."""
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} can't be used here ({why}): expected cpu, cuda or mps") from None
+    return chosen
 
 
 def _prompts(prompt: str | Sequence[str]) -> list[str]:

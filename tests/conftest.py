@@ -82,13 +82,14 @@ def picture_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def in_process() -> Iterator[None]:
-    """For trainings inside the test's own process: one thread, and nothing of accelerate's left to the next module."""
+    """For trainings inside the test's own process: on the CPU, in one thread, and no trace left to the next module."""
     from accelerate.state import AcceleratorState
 
     threads = torch.get_num_threads()
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patch:
         torch.set_num_threads(1)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr(torch, "set_num_threads", lambda threads: None)  # the scripts take all cores
         yield
     torch.set_num_threads(threads)

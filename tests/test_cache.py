@@ -131,6 +131,22 @@ def test_a_killed_caching_goes_on(
     assert again.captions == whole.captions
 
 
+def test_a_kill_while_a_shard_is_written_leaves_none(
+    picture_folder: Path, tmp_path: Path, vae: Autoencoder, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(tensors: dict, file: Path, metadata: dict) -> None:
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    source = open_source(str(picture_folder), 16)
+    monkeypatch.setattr(train.cache, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(source, vae, 16, tmp_path / "cache", accelerator, workers=0)
+    monkeypatch.undo()
+    assert not shards(tmp_path / "cache")
+    assert len(cache_latents(source, vae, 16, tmp_path / "cache", accelerator, workers=0).mean) == 8
+
+
 def test_broken_pictures_are_left_out_or_refused(
     tmp_path: Path, vae: Autoencoder, accelerator: Accelerator, capsys: pytest.CaptureFixture
 ) -> None:

@@ -14,12 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train.ldm
+from conditioning.context import Unconditional
+from ldm.denoiser import Denoiser
+from ldm.schedule import VariancePreserving
 from ldm.unet import UNetConfig
 from pipelines import TextToImagePipeline
 from pipelines.folder import load_model
-from train.cache import Latents
+from train.cache import Latents, Texts
 from train.config import parse
-from train.ldm import PRESETS, Config, draw_batch, main
+from train.ldm import PRESETS, Config, draw_batch, main, validate
 from train.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -156,6 +159,45 @@ def test_a_checkpoint_with_autoencoder_and_text_opens_in_diffusers(latents: Conf
     assert np.asarray(ours).std() > 1
 
 
+def test_the_whole_way_from_nothing(pictures: Path, tmp_path: Path) -> None:
+    """Three runs, each by what the one before it left: autoencoder, text encoder, model."""
+    import train.clip
+    import train.vae
+
+    shared: dict = {"data": str(pictures), "cache": tmp_path / "cache", "updates": 2, "warmup": 1, "workers": 0}
+    train.vae.main(train.vae.Config(output=tmp_path / "vae", size=16, crop=16, batch_size=4, **shared))
+    train.clip.main(
+        train.clip.Config(
+            output=tmp_path / "clip",
+            size=32,
+            vocabulary=560,
+            embed_dim=16,
+            text_width=32,
+            text_layers=1,
+            text_heads=2,
+            vision_layers=(1,),
+            vision_width=32,
+            vision_head_width=16,
+            batch_size=4,
+            **shared,
+        )
+    )
+    run = main(
+        Config(
+            output=tmp_path / "model",
+            vae=str(tmp_path / "vae"),
+            text_encoder=str(tmp_path / "clip"),
+            unet=UNET,
+            batch_size=4,
+            steps=2,
+            **shared,
+        )
+    )
+    assert paint(run, "a red square").shape == (16, 16, 3)
+    with Image.open(run / "samples" / "0000002.png") as sheet:
+        assert sheet.height > 2 * 16  # of the data's own prompts, with their captions
+
+
 # Runs that are stopped, divided, or started again
 
 
@@ -235,6 +277,29 @@ def test_batches_do_not_hang_on_how_they_are_divided(pixels: Config) -> None:
     assert 0.2 < many.count("") / len(many) < 0.3
     said = {f"{i}" for i in range(6)} | {f"number {i}" for i in range(6)}
     assert set(many) == said | {""}
+
+
+def test_validation_is_the_error_on_fixed_noise() -> None:
+    class Nothing(torch.nn.Module):
+        """Says that the picture is grey, or, as noise, that it is what is seen."""
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    mean = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)) + 1
+    set_ = Latents(mean.half(), torch.zeros_like(mean).half(), [("red",)] * 4)
+    texts = Texts(Unconditional(), set_.captions, torch.device("cpu"))
+    schedule = VariancePreserving.scaled_linear()
+    call = (set_, texts, torch.device("cpu"))
+    found = validate(Denoiser(Nothing(), schedule, "sample"), *call)
+    wanted = float(mean.square().mean() / mean.var())
+    assert list(found.values()) == pytest.approx([wanted] * 5, rel=1e-3)
+    found = validate(Denoiser(Nothing(), schedule, "epsilon"), *call)  # D = x: off by the noise that was added
+    sigmas = [float(name.split()[-1]) for name in found]
+    scaled = [error / sigma**2 for error, sigma in zip(found.values(), sigmas, strict=True)]
+    assert scaled == pytest.approx([scaled[0]] * 5, rel=1e-3)  # one noise for all levels
+    torch.manual_seed(99)
+    assert validate(Denoiser(Nothing(), schedule, "epsilon"), *call) == found  # and for all times
 
 
 def test_gradient_checkpointing_changes_memory_alone(latents: Config, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ class Drawn:
 
     drawing: Any
     settings: str
+    font: Path | None = None
     origin: str = "drawn by code"
     notes: list[str] = field(default_factory=list)
 
@@ -112,7 +113,7 @@ class Drawn:
     def fingerprint(self) -> str:
         here = Path(__file__).parent
         code = [(here / name).read_bytes() for name in ("pictograms.py", "styles.py", "shapes.py", "objects.csv")]
-        return _hash(self.settings, *code)
+        return _hash(self.settings, *code, self.font.read_bytes() if self.font else b"")
 
 
 @dataclass
@@ -152,11 +153,11 @@ def open_source(data: str, size: int, *, split: str = "train", font: str | None 
         count = 256 if split == "held_out" else 4096
         return Drawn(Shapes(size=size, count=count, seed=seed), f"shapes {size} {count} {seed}")
     if data.split(":")[0] == "pictograms":
-        from train.pictograms import Pictograms
+        from train.pictograms import Pictograms, find_font
 
         objects = data.partition(":")[2] or "everyday"
         drawing = Pictograms(size=size, objects=objects, split=split, views=views, font=font)
-        return Drawn(drawing, f"pictograms {size} {objects} {split} {views} {font}")
+        return Drawn(drawing, f"pictograms {size} {objects} {split} {views}", find_font(font))
     path = Path(data).expanduser()
     if not path.exists():
         raise ValueError(

@@ -82,15 +82,15 @@ class Config:
     seed: int = 0
     checkpoint_every: int = 400  # updates; also how often validation runs and a sample grid is painted
     prompts: tuple[str, ...] = ()  # of the sample grid; by default some of the data's own
-    steps: int = 20  # of the sampler: the model's default from now on
-    guidance_scale: float = 3.0  # likewise
+    steps: int | None = None  # of the sampler, the model's default from now on; None: 20, or what it was before
+    guidance_scale: float | None = None  # likewise; None: 3, or what it was before
     workers: int = 2  # processes that read pictures
     cache: Path = Path("cache")  # latents
     font: str | None = None  # the colour emoji font's file, for pictograms
 
     def __post_init__(self) -> None:
         for name in ("updates", "batch_size", "accumulate", "checkpoint_every", "steps", "views"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
         if self.size is not None and self.size < 1:
             raise ValueError(f"--size is {self.size}: expected at least 1")
@@ -127,6 +127,8 @@ def build(config: Config) -> Model:
             caption_dropout=config.caption_dropout,
             data=config.data,
             size=config.size or model.defaults.size,
+            steps=config.steps or model.defaults.steps,
+            guidance_scale=_or(config.guidance_scale, model.defaults.guidance_scale),
         )
         return model
     vae: Autoencoder | Identity
@@ -155,8 +157,8 @@ def build(config: Config) -> Model:
         num_class_embeds=getattr(conditioner, "num_embeddings", None),
     )
     defaults = Defaults(
-        steps=config.steps,
-        guidance_scale=config.guidance_scale,
+        steps=config.steps or 20,
+        guidance_scale=_or(config.guidance_scale, 3.0),
         sampler="dpmpp_2m",
         caption_dropout=config.caption_dropout,
         data=config.data,
@@ -165,6 +167,10 @@ def build(config: Config) -> Model:
     torch.manual_seed(config.seed)
     scheduler = scheduler_config(config.path, config.prediction, zero_snr=config.zero_snr)
     return Model(UNet(unet), vae, conditioner, scheduler, defaults)
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
 
 
 def without_text(unet: UNetConfig) -> UNetConfig:

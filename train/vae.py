@@ -8,7 +8,7 @@ import copy
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
@@ -181,7 +181,10 @@ def main(config: Config) -> Path:
     shown = pixels[torch.linspace(0, len(pixels) - 1, min(64, len(pixels))).long()]
 
     torch.manual_seed(config.seed)
-    vae = load_autoencoder(config.init).requires_grad_(True).train() if config.init else new_autoencoder(config.model)
+    if config.init:
+        vae = load_autoencoder(config.init).requires_grad_(True).train()
+    else:
+        vae = new_autoencoder(replace(config.model, sample_size=config.size))
     if any(side % vae.downscale for side in (config.size, config.crop)):
         raise ValueError(
             f"--size {config.size}, --crop {config.crop}: expected multiples of {vae.downscale}, the network's factor"
