@@ -6,6 +6,7 @@ BIN := .venv/bin
 # Handed on through the environment: no quote, dollar or backtick of a prompt means anything on the way.
 export ATELIER_PROMPT := $(value PROMPT)
 export ATELIER_OUT := $(value OUT)
+unexport PROMPT OUT  # make would expand them on their way out, $(shell …) too
 
 .PHONY: image test lint clean
 
