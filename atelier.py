@@ -3,12 +3,15 @@
 Nothing heavy is imported here: a room is loaded when its command is called.
 """
 
+import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+BATCH = 8  # pictures painted at once: the memory of any --count
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Paint:
     seed: int | None = None
     """Picture i is painted from the noise of seed + i; random by default."""
     count: int = 1
-    """How many pictures."""
+    """How many pictures; 8 at a time are in memory."""
     steps: int | None = None
     """Sampler steps; the model's own by default."""
     guidance: float | None = None
@@ -58,22 +61,24 @@ class Paint:
         dtype = getattr(torch, self.dtype) if self.dtype else None
         pipe = TextToImagePipeline.from_pretrained(self.model, device=self.device, dtype=dtype)
         print(f"painting on {pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
-        output = pipe(
-            self.prompt,
-            height=self.height,
-            width=self.width,
-            steps=self.steps,
-            guidance_scale=self.guidance,
-            negative_prompt=self.negative,
-            num_images_per_prompt=self.count,
-            seed=self.seed,
-            sampler=self.sampler,
-        )
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(output.images, 1):
-            file = self.out if self.count == 1 else self.out.with_stem(f"{self.out.stem}-{i}")
-            image.save(file)
-            print(file)
+        seed = random.randrange(2**31) if self.seed is None else self.seed
+        for start in range(0, self.count, BATCH):
+            output = pipe(
+                self.prompt,
+                height=self.height,
+                width=self.width,
+                steps=self.steps,
+                guidance_scale=self.guidance,
+                negative_prompt=self.negative,
+                num_images_per_prompt=min(BATCH, self.count - start),
+                seed=seed + start,
+                sampler=self.sampler,
+            )
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(output.images, start + 1):
+                file = self.out if self.count == 1 else self.out.with_stem(f"{self.out.stem}-{i}")
+                image.save(file)
+                print(file)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 from pipelines import TextToImagePipeline
 pipe = TextToImagePipeline.from_pretrained({model!r}, device={device!r}, dtype={dtype})
 pipe.set_progress_bar_config(disable=True)
-def paint(n): return pipe([{prompt!r}] * n, steps={steps}, guidance_scale=3.0, guidance_interval=(-1, 1e9),
+def paint(n): return pipe([{prompt!r}] * n, steps={steps}, guidance_scale=3.0, guidance_interval=(0, float("inf")),
                           seed=0, sampler="dpmpp_2m").images
 """
 THEIRS = """

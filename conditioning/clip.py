@@ -4,6 +4,7 @@ It needs torch, tokenizers and safetensors alone, so that a picture does not pay
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -229,4 +230,5 @@ class ClipTextEncoder(TextEncoder):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         text = json.dumps(self.tower.config.to_dict(), indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
         self.clip_tokenizer.save(tokenizer)

@@ -113,17 +113,17 @@ class Network(nn.Module):
         if backend not in ("sdpa", "xformers"):
             raise ValueError(f"attention backend {backend!r}: expected 'sdpa' or 'xformers'.")
         if backend == "xformers":
-            _check_xformers()
+            _check_xformers(next(self.parameters()).device)
         for module in self.modules():
             if isinstance(module, AttentionLayer):
                 module.backend = backend
 
 
-def _check_xformers() -> None:
+def _check_xformers(device: torch.device) -> None:
     advice = "or keep attention at 'sdpa', which runs everywhere."
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         raise ValueError(
-            f"xformers' attention runs on CUDA devices only, and PyTorch finds none here: add one, {advice}"
+            f"xformers' attention runs on CUDA devices only, and the network is on {device}: move it to one, {advice}"
         )
     try:
         import xformers.ops
@@ -132,7 +132,7 @@ def _check_xformers() -> None:
             f"xformers is not installed ({error}): pip install 'atelier-diffusion[xformers]', {advice}"
         ) from error
     try:
-        probe = torch.zeros(1, 8, 1, 8, device="cuda", dtype=torch.float16)
+        probe = torch.zeros(1, 8, 1, 8, device=device, dtype=torch.float16)
         xformers.ops.memory_efficient_attention(probe, probe, probe)
     except RuntimeError as error:
         raise ValueError(
@@ -265,6 +265,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor |
     if mask is not None:
         mask = mask.to(q.dtype)
     if backend == "xformers":
+        if query.device.type != "cuda":
+            raise ValueError(f"xformers can't run on {query.device}: set_attention('sdpa') before moving the network")
         from xformers.ops import memory_efficient_attention
 
         if mask is not None:  # its kernels want rows of keys that begin at multiples of 8 elements

@@ -199,13 +199,11 @@ class Sampler:
         grid: the scheduler's step grid on a table of timesteps.
         euler_family: in diffusers these start spaced by linspace or trailing at sigma times the latents, not at
             sqrt(1 + sigma²) times, and their ramps run over the levels of the spacing, not of the table.
-        stochastic: it draws noise.
     """
 
     function: Callable[..., Tensor]
     grid: Grid
     euler_family: bool = False
-    stochastic: bool = False
 
     def grid_for(
         self,
@@ -259,10 +257,10 @@ class Sampler:
 
 
 SAMPLERS = {
-    "ddpm": Sampler(ddpm, Grid("leading"), stochastic=True),
+    "ddpm": Sampler(ddpm, Grid("leading")),
     "ddim": Sampler(ddim, Grid("leading")),
     "euler": Sampler(euler, Grid("linspace", whole=False), euler_family=True),
-    "euler_ancestral": Sampler(euler_ancestral, Grid("linspace", whole=False), euler_family=True, stochastic=True),
+    "euler_ancestral": Sampler(euler_ancestral, Grid("linspace", whole=False), euler_family=True),
     "heun": Sampler(heun, Grid("linspace", whole=False), euler_family=True),
     "dpmpp_2m": Sampler(dpmpp_2m, Grid("linspace", extra=1)),
 }

@@ -1,6 +1,8 @@
 """Networks as folders: config.json and safetensors, read with errors that say what to do."""
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from vae.autoencoder import Autoencoder
 
 STEM = "diffusion_pytorch_model"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -33,16 +36,18 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def read_weights(folder: Path, stem: str = STEM) -> dict[str, Tensor]:
-    """All tensors of a network: one safetensors file, its shards, or its fp16 variant.
+def read_weights(folder: Path, stem: str = STEM, variant: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a network: one safetensors file or its shards, of the variant asked for if there are both.
 
+    variant: None or "fp16", as in diffusers: the 16-bit files, named so.
     Raises ValueError when there is none (pickled weights are not opened), or when a file is truncated.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    else:
-        files = [f for f in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors") if f.is_file()][:1]
+    plain = [f"{stem}.safetensors.index.json", f"{stem}.safetensors"]
+    half = [f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors"]
+    names = half + plain if variant else plain + half
+    files = [folder / name for name in names if (folder / name).is_file()][:1]
+    if files and files[0].suffix == ".json":
+        files = [folder / name for name in sorted(set(read_json(files[0])["weight_map"].values()))]
     if not files:
         pickled = ", ".join(f.name for f in folder.glob("*.bin"))
         raise ValueError(
@@ -72,19 +77,25 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = N
     write_json(folder / "config.json", network.config.to_dict())  # type: ignore[operator, union-attr]
     weights = {name: w.detach().to("cpu", dtype).contiguous() for name, w in network.state_dict().items()}
     save_file(weights, folder / f"{STEM}.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / f"{STEM}.safetensors")  # safetensors lets only the owner read
 
 
-def load_autoencoder(folder: Path, dtype: torch.dtype | None = None) -> Autoencoder:
+def load_autoencoder(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Autoencoder:
     """An `AutoencoderKL` folder, frozen; a training run's folder stands for its newest checkpoint."""
     folder = newest(Path(folder))
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
     with torch.device("meta"):
         vae = Autoencoder.from_config(read_json(folder / "config.json"))
-    return fill(vae, read_weights(folder), folder, dtype)  # type: ignore[return-value]
+    return fill(vae, read_weights(folder, variant=variant), folder, dtype)  # type: ignore[return-value]
 
 
 def newest(folder: Path) -> Path:
     """The newest checkpoint in a training run's folder; any other folder is itself."""
-    found = [f for f in folder.glob("checkpoint-*") if f.is_dir() and f.name.split("-")[1].isdecimal()]
-    return max(found, key=lambda f: int(f.name.split("-")[1]), default=folder)
+    return (checkpoints(folder) or [folder])[-1]
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The whole checkpoints in a training run's folder, oldest first."""
+    found = [f for f in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(f.name) and f.is_dir()]
+    return sorted(found, key=lambda f: int(f.name.split("-")[1]))

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from conditioning.clip import ClipTextEncoder
+from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
+from conditioning.text import TextEncoder
+from conditioning.tokenizer import ClipTokenizer
 from ldm.blocks import DIFFUSERS_VERSION
 from ldm.denoiser import Denoiser
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 from ldm.unet import UNet
 from pipelines.files import fill, load_autoencoder, newest, read_json, read_weights, save_network, write_json
+from pipelines.scheduler import warn_of_differences
 from vae.autoencoder import Autoencoder, Identity
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -50,7 +53,7 @@ class Model:
 
     unet: UNet
     vae: Autoencoder | Identity
-    conditioner: ClipTextEncoder | Labels | Unconditional
+    conditioner: TextEncoder | Labels | Unconditional
     scheduler: dict[str, Any]
     defaults: Defaults = field(default_factory=Defaults)
 
@@ -108,7 +111,10 @@ def scheduler_config(path: str, prediction: str, *, sigma_data: float = 1.0, zer
 
 
 def schedule_from(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
-    """(schedule, prediction) of a scheduler config; ValueError naming a value that is not implemented."""
+    """(schedule, prediction) of a scheduler config; ValueError naming a value from which no table can be built.
+
+    Its other keys are about sampling (`pipelines.scheduler`).
+    """
     if config.get("path") == "flow":
         return RectifiedFlow(), config["prediction"]
     if config.get("path") == "edm":
@@ -116,9 +122,6 @@ def schedule_from(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type={prediction!r} is not implemented: {', '.join(PREDICTION_TYPES)} are")
-    for key, only in (("thresholding", False), ("clip_sample", False)):
-        if config.get(key, only) != only and config.get("_class_name") != "PNDMScheduler":
-            raise ValueError(f"scheduler config: {key}={config[key]!r} is not implemented, set it to {only!r}")
     if (betas := config.get("trained_betas")) is not None:
         schedule = VariancePreserving(torch.tensor(betas, dtype=torch.float32))
     else:
@@ -144,7 +147,15 @@ def for_atelier_alone(model: Model) -> str:
 
 
 def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes the whole model; floating-point weights are stored as `dtype`, by default as they are."""
+    """Writes the whole model; floating-point weights are stored as `dtype`, by default as they are.
+
+    Raises ValueError, before anything is written, for conditioning that has no layout, such as open_clip's.
+    """
+    if not isinstance(model.conditioner, ClipTextEncoder | Labels | Unconditional):
+        raise ValueError(
+            f"a model conditioned by {type(model.conditioner).__name__} can't be saved: expected a ClipTextEncoder "
+            "(train/clip.py exports open_clip's text tower as one), Labels or Unconditional"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     save_network(model.unet, folder / "unet", dtype)
     if isinstance(model.vae, Autoencoder):
@@ -178,14 +189,26 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
         write_json(folder / "model_index.json", index)
 
 
-def load_model(where: str | Path | None = None, *, device: torch.device | str = "cpu", **options: Any) -> Model:
+def load_model(
+    where: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Model:
     """Opens a model folder, a training run's folder (its newest checkpoint), a hub id, or, for None, the bundled model.
 
-    options: dtype (of all networks; float32 by default), revision (of a hub id).
-    Raises ValueError when it is none of these, or something in it is missing, broken or not implemented.
+    dtype: of all networks; float32 by default.
+    revision: branch or commit of a hub id.
+    variant: None or "fp16": which weights to read where a folder has both.
+    Raises ValueError when it is none of these, or something in it is missing, broken or not implemented. A scheduler
+    config that asks for other sampling than there is gives a warning.
     """
-    dtype = options.pop("dtype", None) or torch.float32
-    folder = find_model(where, **options)
+    if variant not in (None, "fp16"):
+        raise ValueError(f"variant={variant!r}: expected None or 'fp16'")
+    dtype = dtype or torch.float32
+    folder = find_model(where, revision=revision, variant=variant)
     notes = read_json(folder / "atelier.json") if (folder / "atelier.json").is_file() else {}
     if not notes and (folder / "model_index.json").is_file():
         kind = read_json(folder / "model_index.json").get("_class_name")
@@ -193,22 +216,24 @@ def load_model(where: str | Path | None = None, *, device: torch.device | str = 
             raise ValueError(f"{folder} holds a {kind}; only the layout of StableDiffusionPipeline is implemented")
     with torch.device("meta"):
         unet = UNet.from_config(read_json(folder / "unet" / "config.json"))
-    fill(unet, read_weights(folder / "unet"), folder / "unet", dtype)
+    fill(unet, read_weights(folder / "unet", variant=variant), folder / "unet", dtype)
     pixels = notes.get("vae") == "Identity"
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     model = Model(
         unet,
-        Identity(notes["channels"]) if pixels else load_autoencoder(folder / "vae", dtype),
-        load_conditioner(folder, notes, dtype),
-        read_json(folder / "scheduler" / "scheduler_config.json"),
+        Identity(notes["channels"]) if pixels else load_autoencoder(folder / "vae", dtype, variant),
+        load_conditioner(folder, notes, dtype, variant),
+        scheduler,
         _defaults(notes),
     )
     for part in model.parts():
         part.to(device)
+    warn_of_differences(scheduler)
     return model
 
 
 def load_conditioner(
-    folder: Path, notes: Mapping[str, Any], dtype: torch.dtype = torch.float32
+    folder: Path, notes: Mapping[str, Any], dtype: torch.dtype = torch.float32, variant: str | None = None
 ) -> ClipTextEncoder | Labels | Unconditional:
     """What conditions the model of a folder; its own kind is in atelier.json, otherwise it is a CLIP text encoder."""
     kind = notes.get("conditioning", "clip")
@@ -216,10 +241,13 @@ def load_conditioner(
         return Labels(notes["labels"])
     if kind == "none":
         return Unconditional()
-    return ClipTextEncoder.from_folder(folder / "text_encoder", folder / "tokenizer", dtype=dtype)
+    config = ClipTextConfig.from_dict(read_json(folder / "text_encoder" / "config.json"))
+    tower = ClipText.from_weights(config, read_weights(folder / "text_encoder", "model", variant))
+    tower = tower.to(dtype).eval().requires_grad_(False)
+    return ClipTextEncoder(tower, ClipTokenizer.from_folder(folder / "tokenizer"))
 
 
-def find_model(where: str | Path | None, *, revision: str | None = None) -> Path:
+def find_model(where: str | Path | None, *, revision: str | None = None, variant: str | None = None) -> Path:
     """The folder of a model: local, the bundled one for None, or fetched from the Hugging Face hub."""
     if where is None or str(where) == "bundled":
         if not (BUNDLED / "unet").is_dir():
@@ -237,17 +265,26 @@ def find_model(where: str | Path | None, *, revision: str | None = None) -> Path
             f"{where} is not a model folder: give a folder that has unet/, vae/ and scheduler/, a hub id such as "
             "owner/name, or nothing for the bundled model"
         )
-    return _download(str(where), revision)
+    return _download(str(where), revision, variant)
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    files = ["*.json", "*/*.json", "tokenizer/*.txt", "unet/*.safetensors", "vae/*.safetensors"]
+    weights = f"*{variant}*.safetensors" if variant else "*.safetensors"
+    files = [
+        "*.json",
+        "*/*.json",
+        "tokenizer/*.txt",
+        *(f"{part}/{weights}" for part in ("unet", "vae", "text_encoder")),
+    ]
     try:
         folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=[*files, "text_encoder/*.safetensors"], ignore_patterns=["*fp16*"]
+            hub_id,
+            revision=revision,
+            allow_patterns=files,
+            ignore_patterns=["*non_ema*", *([] if variant else ["*fp16*"])],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(

@@ -1,10 +1,11 @@
 """From a prompt to pictures: `TextToImagePipeline.from_pretrained()("an oil painting of a fox").images[0]`."""
 
-import functools
 import itertools
-import random
+import logging
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,25 +17,25 @@ from tqdm import tqdm
 
 from conditioning.clip import ClipTextEncoder
 from conditioning.context import Context
+from conditioning.text import TextEncoder
 from ldm.guidance import classifier_free
-from ldm.samplers import SAMPLERS, Grid, Noise, picture_noise
+from ldm.samplers import SAMPLERS
 from ldm.schedule import step_grid
+from pipelines.arguments import (
+    Generators,
+    checked_sides,
+    negative_list,
+    prompt_list,
+    starting_noise,
+    step_count,
+)
 from pipelines.folder import Model, for_atelier_alone, load_model, save_model
 from pipelines.picture import Picture
+from pipelines.scheduler import grid_of, sampler_of, sampler_options
 
 Callback = Callable[[int, float, Tensor, Tensor], None]  # step, sigma, x at sigma, estimate of x_0
-Generators = torch.Generator | Sequence[torch.Generator]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# The sampler that a folder's scheduler stands for; any other class gets the default.
-SCHEDULER_SAMPLERS = {
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "Atelier": "heun",
-}
+LOG = logging.getLogger("atelier")
 
 
 @dataclass
@@ -51,10 +52,11 @@ class TextToImagePipeline:
 
     Attributes:
         model: the networks, the conditioner, the schedule and the model's defaults (`pipelines.folder.Model`).
+        source: "bundled", a folder or a hub id, for the settings in a PNG; "" for a model that was not opened.
     """
 
-    def __init__(self, model: Model):
-        self.model = model
+    def __init__(self, model: Model, source: str = ""):
+        self.model, self.source = model, source
         self.progress = True
 
     @classmethod
@@ -65,7 +67,10 @@ class TextToImagePipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        variant: str | None = None,
+        attention: Literal["sdpa", "xformers"] = "sdpa",
         torch_dtype: torch.dtype | None = None,
+        use_safetensors: bool | None = None,
         safety_checker: None = None,
         requires_safety_checker: bool = False,
     ) -> Self:
@@ -75,20 +80,29 @@ class TextToImagePipeline:
             device: by default cuda, else mps, else cpu.
             dtype: of the weights; by default bfloat16 on a CUDA GPU that has it, else float32.
             revision: branch or commit of a hub id.
-            torch_dtype, safety_checker, requires_safety_checker: as in diffusers; there is no safety checker.
+            variant: "fp16" reads the 16-bit files where a folder has both (diffusers' name); `dtype` still decides.
+            attention: of the U-Net: PyTorch's own, or xformers', which needs a CUDA device.
+            torch_dtype, use_safetensors, safety_checker, requires_safety_checker: as in diffusers; pickled weights are
+                never opened, and there is no safety checker.
 
         Raises:
-            ValueError: no model there, or one that is broken or not implemented.
+            ValueError: no model there, or one that is broken or not implemented; or xformers where it can't run.
         """
+        if use_safetensors is False:
+            raise ValueError("use_safetensors=False: only safetensors are read, pickled weights may run code")
         if safety_checker is not None or requires_safety_checker:
             raise ValueError("there is no safety checker in Atelier: leave it out or pass safety_checker=None")
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} are two names of one thing: give one")
         chosen = usable_device(device or best_device())
-        bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         wanted = dtype or torch_dtype or (torch.bfloat16 if bf16 else torch.float32)
-        pipe = cls(load_model(path_or_hub_id, dtype=wanted, revision=revision))
-        return pipe.to(chosen)
+        model = load_model(path_or_hub_id, dtype=wanted, revision=revision, variant=variant)
+        source = "bundled" if path_or_hub_id is None else str(path_or_hub_id)
+        pipe = cls(model, source + (f"@{revision}" if revision else "")).to(chosen)
+        model.unet.set_attention(attention)
+        LOG.info("%s on %s, %s", pipe.source, chosen, str(wanted).removeprefix("torch."))
+        return pipe
 
     @property
     def device(self) -> torch.device:
@@ -126,13 +140,13 @@ class TextToImagePipeline:
     def __call__(
         self,
         prompt: str | Sequence[str],
+        *,
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
-        *,
         seed: int | None = None,
         generator: Generators | None = None,
         latents: Tensor | None = None,
@@ -163,7 +177,8 @@ class TextToImagePipeline:
             spacing: of the steps: leading, trailing, linspace, karras or exponential; by default the model's.
             eta: of "ddim": 0 is deterministic, 1 ancestral.
             guidance_rescale: 0 to 1 (arXiv:2305.08891, section 3.4).
-            guidance_interval: (low, high) noise levels between which to guide (arXiv:2404.07724).
+            guidance_interval: (low, high) noise levels between which to guide (arXiv:2404.07724); by default the
+                model's, if it has one, which (0, math.inf) switches off.
             clip_skip: layers of the text encoder to leave out at the end.
             callback: called at every step with (step, sigma, x at sigma, estimate of x_0), all in latents.
             output_type: "pil", "np" [N, H, W, 3] in [0, 1], "pt" [N, 3, H, W] in [0, 1], or "latent", which are as
@@ -177,26 +192,24 @@ class TextToImagePipeline:
             ValueError: an argument that makes no sense, with what was expected.
         """
         model, defaults = self.model, self.model.defaults
-        prompts = _prompts(prompt)
-        if steps is not None and num_inference_steps is not None and steps != num_inference_steps:
-            raise ValueError(f"steps={steps} and {num_inference_steps=} are two names of one thing: give one")
-        steps = next((s for s in (steps, num_inference_steps) if s is not None), defaults.steps)
-        if steps < 1:
-            raise ValueError(f"steps={steps}: sampling takes at least one step")
+        prompts = prompt_list(prompt)
+        steps = step_count(steps, num_inference_steps, defaults.steps)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: expected at least 1")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        height, width = self._sides(height, width)
-        name = sampler or defaults.sampler or SCHEDULER_SAMPLERS.get(model.scheduler["_class_name"], "dpmpp_2m")
+        height, width = checked_sides(height, width, model.size, model.vae.downscale)
+        name = sampler or defaults.sampler or sampler_of(model.scheduler)
         if name not in SAMPLERS:
             raise ValueError(f"sampler={name!r}: expected one of {', '.join(SAMPLERS)}")
         if eta and name != "ddim":
             raise ValueError(f"eta={eta} belongs to sampler='ddim', not to {name!r}")
-        grid = self._grid(name, spacing)
+        grid = grid_of(model.scheduler, model.schedule, name, spacing)
         sigmas = step_grid(model.schedule, steps, grid)
         scale = max(1.0, defaults.guidance_scale if guidance_scale is None else guidance_scale)
-        interval = guidance_interval or defaults.guidance_interval
+        interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
+        if interval is not None and interval[0] <= 0 and interval[1] == math.inf:
+            interval = None
         if scale > 1 and defaults.caption_dropout == 0:
             warnings.warn(
                 f"this model was trained without caption dropout, so guidance_scale={scale} has nothing true to guide "
@@ -205,15 +218,13 @@ class TextToImagePipeline:
             )
 
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
-        negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
+        negatives = negative_list(negative_prompt, len(prompts), num_images_per_prompt)
         shape = (len(prompts), model.vae.latent_channels, height // model.vae.downscale, width // model.vae.downscale)
-        seeds, noise, unit = _noise(shape, seed, generator, latents)
+        seeds, noise, unit = starting_noise(shape, seed, generator, latents)
         unit = unit.to(self.device, torch.float32)
 
         cond, uncond = self._contexts(prompts, negatives, clip_skip)
-        denoise = classifier_free(
-            model.denoiser, cond, uncond, scale, rescale=guidance_rescale, interval=interval
-        )  # fmt: skip
+        denoise = classifier_free(model.denoiser, cond, uncond, scale, rescale=guidance_rescale, interval=interval)
         chosen = SAMPLERS[name]
         x = unit * chosen.initial_scale(grid, float(sigmas[0]))
         with tqdm(total=steps, unit="step", leave=False, disable=not self.progress) as bar:
@@ -223,7 +234,7 @@ class TextToImagePipeline:
                 if callback:
                     callback(i, sigma, x, x0)
 
-            options: dict[str, Any] = {"eta": eta} if name == "ddim" else {}
+            options = sampler_options(model.scheduler, name, eta)
             with model.unet.reuse_contexts():
                 x = chosen.function(denoise, x, sigmas, noise=noise, callback=stepped, **options)
         if output_type == "latent":
@@ -233,56 +244,45 @@ class TextToImagePipeline:
         if output_type == "np":
             images = images.permute(0, 2, 3, 1).numpy()
         elif output_type == "pil":
-            settings = {"steps": steps, "guidance_scale": scale, "sampler": name, "spacing": grid.spacing}
-            settings |= {"width": width, "height": height}
+            settings: dict[str, Any] = {"model": self.source, "dtype": str(self.dtype).removeprefix("torch.")}
+            settings |= {"steps": steps, "sampler": name, "spacing": grid.spacing, "eta": eta}
+            settings |= {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
+            finite = interval and [min(max(level, -1e9), 1e9) for level in interval]  # JSON has no infinity
+            settings["guidance_interval"] = finite
+            skipped = getattr(model.conditioner, "clip_skip", 0) if clip_skip is None else clip_skip
+            settings |= {"clip_skip": skipped, "width": width, "height": height}
             images = [
                 Picture.of(_to_pil(image), {"prompt": p, "negative_prompt": n, "seed": s, **settings})
                 for image, p, n, s in zip(images, prompts, negatives, seeds or itertools.repeat(None), strict=False)
             ]
         return Output(images, seeds) if return_dict else (images, None)
 
-    def _sides(self, height: int | None, width: int | None) -> tuple[int, int]:
-        factor = self.model.vae.downscale
-        sides = (height or self.model.size, width or self.model.size)
-        if any(side < factor or side % factor for side in sides):
-            near = " × ".join(str(max(factor, round(side / factor) * factor)) for side in sides)
-            raise ValueError(
-                f"height × width = {sides[0]} × {sides[1]}: expected multiples of {factor}, such as {near}"
-            )
-        return sides
-
-    def _grid(self, sampler: str, spacing: str | None) -> Grid:
-        """The sampler's steps as diffusers' scheduler of its name would space them, given this folder's config."""
-        config = self.model.scheduler
-        final = config.get("final_sigmas_type") if sampler == "dpmpp_2m" else None
-        if sampler == "ddim" and "set_alpha_to_one" in config:
-            final = "zero" if config["set_alpha_to_one"] else "sigma_min"
-        ramps = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
-        ramp = next((r for key, r in ramps.items() if config.get(key) and sampler not in ("ddim", "ddpm")), None)
-        return SAMPLERS[sampler].grid_for(
-            self.model.schedule,
-            spacing=spacing or config.get("timestep_spacing"),
-            offset=config.get("steps_offset"),
-            final=final,
-            ramp=None if spacing else ramp,
-        )
-
     def _contexts(self, prompts: list[str], negatives: list[str], clip_skip: int | None) -> tuple[Context, Context]:
         conditioner = self.model.conditioner
-        if not isinstance(conditioner, ClipTextEncoder):
-            if clip_skip:
-                raise ValueError("clip_skip belongs to a model with a CLIP text encoder")
+        if clip_skip and not isinstance(conditioner, ClipTextEncoder):
+            raise ValueError("clip_skip belongs to a model with a CLIP text encoder")
+        if not isinstance(conditioner, TextEncoder):
             return conditioner(prompts), conditioner(negatives)
-        kept, conditioner.clip_skip = conditioner.clip_skip, clip_skip or conditioner.clip_skip
-        try:
-            # Both in as many windows as the longest needs, and every distinct text once.
-            texts = list(dict.fromkeys(prompts + negatives))
+        # Both in as many windows as the longest needs, and every distinct text once.
+        texts = list(dict.fromkeys(prompts + negatives))
+        with _skipping(conditioner, clip_skip):
             hidden = conditioner(texts, chunks=conditioner.chunks(texts))["encoder_hidden_states"]
-        finally:
-            conditioner.clip_skip = kept
         row = {text: i for i, text in enumerate(texts)}
         cond, uncond = (hidden[[row[t] for t in group]] for group in (prompts, negatives))
         return {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
+
+
+@contextmanager
+def _skipping(encoder: TextEncoder, clip_skip: int | None) -> Iterator[None]:
+    """The encoder without its last layers, where asked for, and as it was afterwards."""
+    if clip_skip is None or not isinstance(encoder, ClipTextEncoder):
+        yield
+        return
+    kept, encoder.clip_skip = encoder.clip_skip, clip_skip
+    try:
+        yield
+    finally:
+        encoder.clip_skip = kept
 
 
 def best_device() -> str:
@@ -301,52 +301,6 @@ def usable_device(device: str | torch.device) -> torch.device:
         why = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} can't be used here ({why}): expected cpu, cuda or mps") from None
     return chosen
-
-
-def _prompts(prompt: str | Sequence[str]) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ValueError("prompt is an empty list: expected a text, or a list of at least one")
-    for p in prompts:
-        if not isinstance(p, str):
-            raise ValueError(f"prompt should be a text or a list of texts, got {p!r}")
-    return prompts
-
-
-def _negatives(negative: str | Sequence[str] | None, pictures: int, per_prompt: int) -> list[str]:
-    if negative is None or isinstance(negative, str):
-        return [negative or ""] * pictures
-    negatives = [n for n in _prompts(negative) for _ in range(per_prompt)]
-    if len(negatives) != pictures:
-        raise ValueError(f"{len(negative)} negative prompts for {pictures // per_prompt} prompts: give one, or as many")
-    return negatives
-
-
-def _noise(
-    shape: tuple[int, ...], seed: int | None, generator: Generators | None, latents: Tensor | None
-) -> tuple[list[int] | None, Callable[[Tensor], Tensor], Tensor]:
-    """(seeds, the sampler's noise, starting latents [*shape], unit normal)."""
-    if seed is not None and generator is not None:
-        raise ValueError("seed and generator both say where noise comes from: give one")
-    if latents is not None and tuple(latents.shape) != shape:
-        raise ValueError(f"latents should be of shape {shape}, got {tuple(latents.shape)}")
-    seeds = None
-    if isinstance(generator, torch.Generator):
-        noise: Noise = functools.partial(_batch_noise, generator)
-        return None, noise, noise(torch.empty(shape)) if latents is None else latents
-    if generator is None:
-        first = random.randrange(2**31) if seed is None else seed
-        seeds = list(range(first, first + shape[0]))
-        generator = [torch.Generator().manual_seed(s) for s in seeds]
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for {shape[0]} pictures: give one, or as many")
-    noise = picture_noise(list(generator))
-    return seeds, noise, noise(torch.empty(shape)) if latents is None else latents
-
-
-def _batch_noise(generator: torch.Generator, x: Tensor) -> Tensor:
-    """The whole batch from one generator, as diffusers draws it."""
-    return torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
 
 
 def _to_pil(image: Tensor) -> Image.Image:

@@ -167,13 +167,41 @@ def test_broken_pictures_are_left_out_or_refused(
         cache_latents(open_source(str(folder), 16), vae, 16, tmp_path / "cache", accelerator, workers=0)
 
 
-@pytest.mark.parametrize("limit", [train.cache.TABLE_LIMIT, 1])
-def test_texts_are_the_encoders(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.cache, "TABLE_LIMIT", limit)
+def test_two_processes_divide_all_shards_whenever_each_looks(
+    picture_folder: Path, tmp_path: Path, vae: Autoencoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Process:
+        num_processes, device, is_main_process, is_local_main_process = 2, torch.device("cpu"), False, False
+
+        def __init__(self, rank: int):
+            self.process_index = rank
+
+        def print(self, text: str) -> None: ...
+
+        def wait_for_everyone(self) -> None:
+            """The other process looks now: what this one wrote is there, and it has to write the rest."""
+            if self.process_index == 0:
+                assert [f.name[5] for f in shards(tmp_path)] == ["0", "2"]
+                encode(Process(1))
+
+    def encode(process) -> train.cache.Latents:
+        return cache_latents(source, vae, 16, tmp_path, process, workers=0)
+
+    monkeypatch.setattr(train.cache, "SHARD", 2)
+    source = open_source(str(picture_folder), 16)
+    latents = encode(Process(0))
+    torch.testing.assert_close(latents.mean.float(), encoded(picture_folder, vae).mean, atol=1e-3, rtol=1e-3)
+    assert len(list((shards(tmp_path)[0].parent).iterdir())) == 4
+
+
+@pytest.mark.parametrize(("limit", "windows"), [(train.cache.TABLE_BYTES, 1), (1, 1), (train.cache.TABLE_BYTES, 2)])
+def test_texts_are_the_encoders(limit: int, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.cache, "TABLE_BYTES", limit)
     encoder = tiny_text_encoder()
-    long = "a red circle on a blue background " * 4  # more than one window: all rows become as long
+    long = "a red circle on a blue background " * (4 if windows > 1 else 1)
     groups = [("a red circle", "a fox"), (long,)]
     texts = Texts(encoder, groups, torch.device("cpu"))
+    assert (texts.table is None) == (limit == 1 or windows > 1)
     asked = ["a fox", "", long, "a fox"]
     context = texts(asked)
     wanted = encoder(asked)
@@ -182,8 +210,9 @@ def test_texts_are_the_encoders(limit: int, monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(context[name], value, atol=1e-5, rtol=1e-5)
     null = encoder.null(1, like=context)
     torch.testing.assert_close(context["encoder_hidden_states"][1:2], null["encoder_hidden_states"])
-    short = texts(["a fox"])  # a batch without the long caption has its shape all the same
-    assert short["encoder_hidden_states"].shape[1] == wanted["encoder_hidden_states"].shape[1]
+    short = texts(["a fox"])  # a batch without the long caption has one window
+    assert short["encoder_hidden_states"].shape[1] == 16
+    assert (wanted["encoder_hidden_states"].shape[1] > 16) == (windows > 1)
 
 
 def test_texts_of_labels_and_of_nothing() -> None:

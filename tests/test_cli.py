@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import atelier
+from pipelines import TextToImagePipeline
 
 ATELIER = Path(sys.executable).with_name("atelier")
 
@@ -127,6 +128,30 @@ def test_several_pictures(
         with Image.open(file) as image:
             seeds.append(image.text["seed"])  # type: ignore[attr-defined]
     assert seeds == ["5", "6"]
+
+
+def test_many_pictures_are_painted_a_few_at_a_time(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atelier, "BATCH", 2)
+    words = ("a fox", "--model", model_folder, "--steps", "1", "--out", tmp_path / "fox.png")
+    call(monkeypatch, *words, "--seed", "5", "--count", "5")
+    seeds = []
+    for i in range(1, 6):
+        with Image.open(tmp_path / f"fox-{i}.png") as image:
+            seeds.append(image.text["seed"])  # type: ignore[attr-defined]
+    assert seeds == ["5", "6", "7", "8", "9"]
+    sizes = []
+    paint = TextToImagePipeline.__call__
+
+    def counted(self: TextToImagePipeline, *args: object, **kwargs: object) -> object:
+        output = paint(self, *args, **kwargs)  # type: ignore[arg-type]
+        sizes.append(len(output.images))
+        return output
+
+    monkeypatch.setattr(TextToImagePipeline, "__call__", counted)
+    call(monkeypatch, *words, "--count", "5")
+    assert sizes == [2, 2, 1]
 
 
 def test_data_shows_rows_and_a_sheet(

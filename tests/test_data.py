@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ from train.data import (
     generator,
     open_source,
     permutation,
+    read,
     read_pictures,
     rgb,
     to_unit,
+    written_aside,
 )
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -172,6 +176,21 @@ def test_broken_pictures_are_named_and_left_out(tmp_path: Path, capsys: pytest.C
 def test_bad_metadata_is_refused_with_its_line(tmp_path: Path, name: str, text: str, words: str) -> None:
     (fill(tmp_path, 1) / name).write_text(text)
     with pytest.raises(ValueError, match=words):
+        open_source(str(tmp_path), 8)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "0.txt"])
+def test_texts_may_begin_with_a_mark_and_must_be_utf8(tmp_path: Path, name: str) -> None:
+    text = {
+        "metadata.jsonl": '{"file_name": "0.png", "text": "un œuf"}\n',
+        "metadata.csv": "file_name,text\n0.png,un œuf\n",
+        "0.txt": "un œuf\n",
+    }[name]
+    file = fill(tmp_path, 1) / name
+    file.write_text(text, encoding="utf-8-sig")
+    assert said(open_source(str(tmp_path), 8)) == [("un œuf",)]
+    file.write_text(text, encoding="cp1252")
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 .*save it as UTF-8"):
         open_source(str(tmp_path), 8)
 
 
@@ -414,6 +433,35 @@ def test_changed_pictures_and_captions_are_read_anew(picture_folder: Path, tmp_p
     lines = (picture_folder / "metadata.jsonl").read_text()
     (picture_folder / "metadata.jsonl").write_text(lines.replace("a red", "a lime green"))
     assert read().captions[0] == ("a lime green square",)
+
+
+@pytest.mark.parametrize("error", [EOFError("end"), struct.error("short"), zlib.error("bad")])
+def test_errors_of_decoders_break_one_picture(error: Exception) -> None:
+    class Failing:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int):
+            raise error
+
+    ((loaded,),) = read(Failing(), 8, range(1), batch=1, workers=0, progress=None)  # type: ignore[arg-type]
+    assert (loaded.pixels, loaded.error) == (None, str(error))
+
+
+def test_two_writers_of_one_file_write_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cache.json"
+    with written_aside(file) as one:
+        one.write_text("one")
+        monkeypatch.setenv("RANK", "1")
+        with written_aside(file) as other:
+            other.write_text("other")
+            assert not file.exists()
+        assert file.read_text() == "other"
+    assert file.read_text() == "one"
+    with pytest.raises(TypeError), written_aside(file) as partial:
+        partial.write_text(partial.touch())  # type: ignore[func-returns-value, arg-type]
+    assert [f.name for f in tmp_path.iterdir()] == ["cache.json"]
+    assert file.read_text() == "one"
 
 
 def test_a_killed_reading_leaves_nothing_that_counts(

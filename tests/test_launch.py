@@ -55,6 +55,14 @@ def test_fewer_processes_than_asked_for_are_refused() -> None:
     assert 'ldm.py", line' not in result.stderr  # a sentence, no traceback of ours
 
 
+def test_what_the_launcher_and_the_environment_say_is_taken() -> None:
+    start = "from train.launch import start; start()"
+    for precision, wished, threads in (("bf16", "3", 3), ("no", "1", CORES)):
+        environment = {"ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": wished, "ACCELERATE_USE_CPU": "true"}
+        result = run(sys.executable, "-c", start, cwd=ROOT, **environment)
+        assert f"on cpu, {threads} thread(s) each, mixed precision: {precision}" in result.stdout, result.stderr
+
+
 @pytest.mark.slow
 def test_strangers_are_refused(tmp_path: Path) -> None:
     port = ("--main_process_port", str(free_port()))

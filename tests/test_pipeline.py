@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from conditioning.open_clip import OpenClipEncoder
 from pipelines import TextToImagePipeline
 from pipelines.folder import load_model, save_model
 from tests.conftest import tiny_model
@@ -38,16 +41,21 @@ def pixels(image: Image.Image) -> np.ndarray:
         ("euler", "EulerDiscreteScheduler", {}),
         ("heun", "HeunDiscreteScheduler", {}),
         ("ddpm", "DDPMScheduler", {"variance_type": "fixed_small"}),
+        ("euler", "EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
+        ("ddim", "DDIMScheduler", {"timestep_spacing": "leading", "steps_offset": 0}),  # the pipeline makes it 1
     ],
 )
 def test_diffusers_opens_the_folder_and_paints_the_same(
     tmp_path: Path, sampler: str, scheduler: str, options: dict, prediction: str
 ) -> None:
     diffusers = pytest.importorskip("diffusers")
-    TextToImagePipeline(tiny_model(prediction=prediction)).save_pretrained(tmp_path)
+    model = tiny_model(prediction=prediction)
+    model.scheduler |= options
+    TextToImagePipeline(model).save_pretrained(tmp_path)
     ours = TextToImagePipeline.from_pretrained(tmp_path, device="cpu")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
+    options = {key: value for key, value in options.items() if key != "steps_offset"}
     # from_config of another class would fill in its own defaults for what DDIM has and it has not.
     theirs.scheduler = getattr(diffusers, scheduler).from_config(
         theirs.scheduler.config, clip_sample=False, thresholding=False, **options
@@ -81,6 +89,65 @@ def test_flow_model_is_kept_for_atelier_and_refused_to_diffusers(tmp_path: Path)
     assert (pixels(a) == pixels(b)).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        ("PNDMScheduler", {"skip_prk_steps": True}, ["_class_name='PNDMScheduler': the sampler is dpmpp_2m"]),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, ["algorithm_type='sde-dpmsolver++'"]),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun"}, ["solver_order=3", "type='heun'"]),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True, "final_sigmas_type": "x"}, ["use_beta_sigmas", "at zero"]),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True, "use_flow_sigmas": True}, ["lu_lambdas", "flow"]),
+        (
+            "DDPMScheduler",
+            {"variance_type": "learned_range"},
+            ["variance_type='learned_range': the variance"],
+        ),
+        ("DDIMScheduler", {"clip_sample": True, "thresholding": True}, ["clip_sample=True", "thresholding=True"]),
+        ("DDIMScheduler", {"clip_sample": ...}, ["clip_sample is missing"]),
+    ],
+)
+def test_what_a_scheduler_config_asks_for_in_vain_is_said_once(
+    tmp_path: Path, name: str, config: dict, words: list[str]
+) -> None:
+    model = tiny_model()
+    model.scheduler |= {"_class_name": name, **config}
+    model.scheduler = {key: value for key, value in model.scheduler.items() if value is not ...}
+    save_model(model, tmp_path)
+    with pytest.warns(UserWarning, match="scheduler config") as warned:
+        pipe = TextToImagePipeline.from_pretrained(tmp_path, device="cpu")
+    assert len(warned) == 1
+    for word in words:
+        assert word in str(warned[0].message)
+    assert len(pipe(PROMPTS[0], steps=2).images) == 1  # and paints by any sampler
+
+
+def test_the_large_variance_of_ddpm_is_the_folders_choice(model_folder: Path) -> None:
+    model = load_model(model_folder)
+    call = {"sampler": "ddpm", "seed": 1, "output_type": "latent"}
+    small = TextToImagePipeline(model)(PROMPTS[0], **call).images
+    model.scheduler |= {"_class_name": "DDPMScheduler", "variance_type": "fixed_large"}
+    assert not TextToImagePipeline(model)(PROMPTS[0], **call).images.equal(small)
+    model.scheduler["variance_type"] = "fixed_small_log"
+    assert TextToImagePipeline(model)(PROMPTS[0], **call).images.equal(small)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DDPM", "DDIM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep"],
+)
+def test_complete_scheduler_configs_give_no_warning(tmp_path: Path, name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    made = getattr(diffusers, f"{name}Scheduler")(beta_schedule="scaled_linear", steps_offset=1)
+    if "clip_sample" in made.config:
+        made.register_to_config(clip_sample=False)
+    model = tiny_model()
+    model.scheduler = {**json.loads(made.to_json_string())}
+    save_model(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(tmp_path)
+
+
 def test_seed_gives_the_same_picture_alone_and_in_a_batch(pipe: TextToImagePipeline) -> None:
     batch = pipe(PROMPTS, seed=7, sampler="ddpm", output_type="np")
     assert batch.seeds == [7, 8]
@@ -99,15 +166,21 @@ def test_output_types_and_counts(pipe: TextToImagePipeline) -> None:
 
 
 def test_saved_png_carries_prompt_seed_and_settings(pipe: TextToImagePipeline, tmp_path: Path) -> None:
-    image = pipe("ein Öl-Fuchs", seed=11, steps=2, negative_prompt="grey").images[0]
+    call = {"sampler": "ddim", "spacing": "karras", "eta": 0.5, "guidance_scale": 2.0, "guidance_rescale": 0.3}
+    call |= {"guidance_interval": (0.1, 8.0), "clip_skip": 1, "height": 20}
+    image = pipe("ein Öl-Fuchs", seed=11, steps=2, negative_prompt="grey", **call).images[0]
     image.save(tmp_path / "fox.png")
     with Image.open(tmp_path / "fox.png") as opened:
         text = opened.text  # type: ignore[attr-defined]
         assert (np.asarray(opened) == np.asarray(image)).all()
     assert (text["prompt"], text["seed"]) == ("ein Öl-Fuchs", "11")
     settings = json.loads(text["atelier"])
-    assert settings["steps"] == 2
     assert settings["negative_prompt"] == "grey"
+    wanted = {"steps": 2, "sampler": "ddim", "spacing": "karras", "eta": 0.5, "guidance_scale": 2.0, "clip_skip": 1}
+    wanted |= {"guidance_rescale": 0.3, "guidance_interval": [0.1, 8.0], "width": 16, "height": 20}
+    assert wanted.items() <= settings.items()
+    assert settings["model"] == pipe.source
+    assert Path(pipe.source).is_dir()
     image.save(tmp_path / "fox.jpg")  # other formats are as PIL has them
 
 
@@ -145,6 +218,10 @@ def test_guidance_on_a_model_trained_without_dropout_warns(model_folder: Path) -
     [
         ({"prompt": []}, "empty list"),
         ({"prompt": [3]}, "text"),
+        ({"prompt": None}, "text"),
+        ({"prompt": 5}, "text"),
+        ({"height": 0}, "multiples of 4"),
+        ({"negative_prompt": 5}, "negative_prompt"),
         ({"height": 17}, "multiples of 4"),
         ({"steps": 0}, "at least one step"),
         ({"steps": -3}, "at least one step"),
@@ -164,6 +241,8 @@ def test_bad_calls_say_what_to_do(pipe: TextToImagePipeline, arguments: dict, wo
         pipe(**{"prompt": PROMPTS[0], **arguments})
     with pytest.raises(TypeError):
         pipe(PROMPTS[0], promt="a typo is not swallowed")
+    with pytest.raises(TypeError):
+        pipe(PROMPTS[0], 16, 16)  # everything but the prompt goes by its name
 
 
 def test_bad_folders_say_what_to_do(tmp_path: Path, model_folder: Path) -> None:
@@ -192,3 +271,102 @@ def test_half_precision_folder_opens_in_diffusers(tmp_path: Path, model_folder: 
     call = {"num_inference_steps": 3, "latents": latents}
     got = ours(PROMPTS[0], sampler="ddim", guidance_scale=7.5, **call).images[0]
     assert np.abs(pixels(got) - pixels(theirs(PROMPTS[0], **call).images[0])).mean() < 1.0
+
+
+def test_latents_have_no_seed_to_paint_from_again(pipe: TextToImagePipeline) -> None:
+    output = pipe(PROMPTS[0], latents=torch.zeros(1, 4, 4, 4), seed=3, steps=1)
+    assert output.seeds is None
+    assert output.images[0].settings["seed"] is None
+
+
+def test_an_interval_over_everything_switches_the_default_off(model_folder: Path) -> None:
+    model = load_model(model_folder)
+    call = {"seed": 1, "output_type": "pt"}
+    whole = TextToImagePipeline(model)(PROMPTS[0], **call).images
+    model.defaults = replace(model.defaults, guidance_interval=(0.5, 2.0))
+    part = TextToImagePipeline(model)(PROMPTS[0], **call).images
+    off = TextToImagePipeline(model)(PROMPTS[0], guidance_interval=(0, float("inf")), **call).images
+    assert off.equal(whole)
+    assert not part.equal(whole)
+
+
+def test_variants_shards_and_what_diffusers_users_pass(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(load_model(model_folder), tmp_path)
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        weights = load_file(tmp_path / part / f"{stem}.safetensors")
+        half = {name: weight.half() for name, weight in weights.items()}
+        save_file(half, tmp_path / part / f"{stem}.fp16.safetensors", metadata={"format": "pt"})
+        names = sorted(weights)
+        shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}  # in place of the one file
+        for file, held in shards.items():
+            save_file({name: weights[name] for name in held}, tmp_path / part / file)
+        weight_map = {name: file for file, held in shards.items() for name in held}
+        (tmp_path / part / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (tmp_path / part / f"{stem}.safetensors").unlink()
+    original, sharded = load_model(model_folder), load_model(tmp_path)
+    halves = load_model(tmp_path, variant="fp16")  # the autoencoder has no such files: its own are read
+    for name in ("unet", "conditioner", "vae"):
+        wanted, same, near = (getattr(m, name).state_dict() for m in (original, sharded, halves))
+        assert all(wanted[key].equal(same[key]) for key in wanted)
+        rounded = (lambda w: w.half().float()) if name != "vae" else (lambda w: w)
+        assert all(rounded(wanted[key]).equal(near[key]) for key in wanted)
+    with caplog.at_level(logging.INFO, "atelier"):
+        TextToImagePipeline.from_pretrained(tmp_path, variant="fp16", use_safetensors=True, device="cpu")
+    assert "on cpu, float32" in caplog.text
+    for wrong in ({"variant": "bf16"}, {"use_safetensors": False}, {"attention": "xformers"}, {"attention": "flash"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            TextToImagePipeline.from_pretrained(tmp_path, device="cpu", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        TextToImagePipeline.from_pretrained(tmp_path, varient="fp16")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_the_hub_gives_only_what_is_read(
+    variant: str | None, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    endings = (".bin", ".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".non_ema.fp16.safetensors")
+    files = [f"{part}/{stem}{ending}" for part, stem in stems.items() for ending in endings]
+    fetched: list[str] = []
+
+    def snapshot_download(hub_id: str, revision: str | None, allow_patterns: list, ignore_patterns: list) -> str:
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        fetched.extend(filter_repo_objects([*files, "model_index.json", "all.safetensors"], **patterns))
+        return str(model_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    pipe = TextToImagePipeline.from_pretrained("owner/name", variant=variant, revision="main", device="cpu")
+    ending = f".{variant}.safetensors" if variant else ".safetensors"
+    assert sorted(fetched) == sorted(["model_index.json", *(f"{part}/{stem}{ending}" for part, stem in stems.items())])
+    assert pipe.source == "owner/name@main"
+
+
+def test_saved_files_can_be_read_by_whom_the_umask_lets(model_folder: Path) -> None:
+    files = [*model_folder.rglob("*.safetensors")]
+    assert len(files) == 3
+    config = (model_folder / "unet" / "config.json").stat().st_mode
+    assert {file.stat().st_mode for file in files} == {config}
+
+
+def test_open_clip_paints_and_is_not_saved(tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
+    torch.manual_seed(1)
+    clip = open_clip.CLIP(8, vision, text).eval().requires_grad_(False)
+    model = tiny_model()
+    model.conditioner = OpenClipEncoder(clip, open_clip.get_tokenizer("ViT-B-32"))
+    pipe = TextToImagePipeline(model)
+    fox, negative = (pixels(pipe("a fox " * 20, seed=1, negative_prompt=n).images[0]) for n in ("", "a boat"))
+    assert fox.shape == (16, 16, 3)
+    assert (fox != negative).any()
+    with pytest.raises(ValueError, match="clip_skip"):
+        pipe("a fox", clip_skip=1)
+    with pytest.raises(ValueError, match="OpenClipEncoder"):
+        save_model(model, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()

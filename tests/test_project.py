@@ -220,8 +220,18 @@ def test_make_test_installs_what_the_tests_need_once(project: Path) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    ["it's a fox", "a `date` fox", "a $(date) fox", "a $HOME fox", "a fox; date", "a\\fox", "a #1 fox", "data"]
-    + ["a $(shell touch broken) fox", "a $( fox"],
+    [
+        "it's a fox",
+        "a `date` fox",
+        "a $(date) fox",
+        "a $HOME fox",
+        "a fox; date",
+        "a\\fox",
+        "a #1 fox",
+        "data",
+        "a $(shell touch broken) fox",
+        "a $( fox",
+    ],
 )
 def test_make_image_takes_any_prompt_as_it_is(project: Path, prompt: str) -> None:
     for said in (make(project, "image", PROMPT=prompt), make(project, "image", f"PROMPT={prompt}")):

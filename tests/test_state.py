@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipelines.files import newest
-from train.state import EMA, checkpoints, learning_rate, resume, save_checkpoint
+from train.state import EMA, checkpoints, clamp_warmup, learning_rate, resume, save_checkpoint
 
 
 def test_ema_is_its_recursion() -> None:
@@ -181,6 +181,20 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "moved").rename(tmp_path / "elsewhere" / "checkpoint-0000001")
     assert resume(tmp_path / "elsewhere", replace(settings, output=tmp_path / "elsewhere")) is not None
+
+
+def test_another_global_batch_is_refused(tmp_path: Path) -> None:
+    settings = Settings(tmp_path)
+    save_checkpoint(tmp_path, 1, write, {"global_batch": 8}, settings)
+    assert resume(tmp_path, settings, global_batch=8) is not None
+    with pytest.raises(ValueError, match=r"updates see 8 pictures .* now it would be 16"):
+        resume(tmp_path, settings, global_batch=16)
+
+
+def test_a_warm_up_is_at_most_half_of_the_updates() -> None:
+    said: list[str] = []
+    assert [clamp_warmup(100, n, said.append) for n in (1000, 200, 3)] == [100, 100, 1]
+    assert said == ["--warmup 100 is more than half of 3 updates: 1 are taken"]
 
 
 def test_state_opens_without_running_code(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -18,6 +19,7 @@ from conditioning.clip import ClipTextEncoder
 from train.clip import Config, draw_pairs, jittered, main, retrieval
 from train.clip_model import export_text_tower, load_clip, tokenise
 from train.data import Pictures, open_source, read_pictures, to_unit
+from train.state import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,26 @@ def test_jitter_moves_and_scales() -> None:
 def test_bad_settings_are_refused(config: Config, field: str, value) -> None:
     with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} is"):
         replace(config, **{field: value})
+
+
+def test_fewer_pictures_than_a_batch_are_refused(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds 16 pictures, fewer than --batch-size 20: set it to 16 or less"):
+        main(replace(config, output=tmp_path, batch_size=20))
+
+
+def test_gradients_that_are_no_numbers_reach_no_checkpoint(config: Config, tmp_path: Path, monkeypatch) -> None:
+    backward, steps = Accelerator.backward, []
+
+    def poisoned(self, loss, **kwargs) -> None:
+        backward(self, loss, **kwargs)
+        steps.append(loss)
+        if len(steps) == 3:
+            self._models[-1].positional_embedding.grad.fill_(float("nan"))
+
+    monkeypatch.setattr(Accelerator, "backward", poisoned)
+    with pytest.raises(ValueError, match="gradient is nan at update 2"):
+        main(replace(config, output=tmp_path, updates=4, checkpoint_every=1))
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000001", "checkpoint-0000002"]
 
 
 def test_broken_folders_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipelines import TextToImagePipeline
 from pipelines.folder import load_model
 from train.cache import Latents, Texts
 from train.config import parse
-from train.ldm import PRESETS, Config, draw_batch, main, validate
+from train.ldm import PRESETS, SMALL, Config, draw_batch, main, settled, validate
 from train.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -300,6 +300,8 @@ def test_validation_is_the_error_on_fixed_noise() -> None:
     assert scaled == pytest.approx([scaled[0]] * 5, rel=1e-3)  # one noise for all levels
     torch.manual_seed(99)
     assert validate(Denoiser(Nothing(), schedule, "epsilon"), *call) == found  # and for all times
+    parts = validate(Denoiser(Nothing(), schedule, "epsilon"), *call, batch_size=3)
+    assert list(parts.values()) == pytest.approx(list(found.values()), rel=1e-5)
 
 
 def test_gradient_checkpointing_changes_memory_alone(latents: Config, tmp_path: Path) -> None:
@@ -368,8 +370,37 @@ def test_labels_survive_a_broken_picture(pixels: Config, tmp_path: Path) -> None
     assert load_model(run).conditioner.names == ("blue", "red")
 
 
+def test_labels_are_the_first_of_several_captions(pictures: Path, pixels: Config, tmp_path: Path) -> None:
+    config = replace(pixels, text_encoder="labels", prompts=(), updates=4, output=tmp_path)
+    run = main(config)  # the other captions are no labels, and would be refused
+    assert load_model(run).conditioner.names == tuple(sorted(f"a {colour} square" for colour in COLOURS))
+    with Image.open(run / "samples" / "0000004.png") as sheet:
+        assert sheet.width >= 4 * 8
+
+
+def test_settings_that_are_left_open() -> None:
+    assert (settled(Config(), "bf16").noise_mean, settled(Config(), "bf16").mixed_precision) == (0.4, "bf16")
+    assert settled(Config(noise_mean=1.0), "no").noise_std == 1.4
+    for noise in ("uniform", "logit_normal"):
+        assert settled(Config(noise=noise), "no").noise_mean is None
+
+
+def test_guidance_interval_and_min_snr_reach_the_model(
+    pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict = {}
+    weight = train.ldm.training_weight
+    monkeypatch.setattr(train.ldm, "training_weight", lambda *a, **kw: given.update(kw) or weight(*a, **kw))
+    config = replace(pixels, weight="min_snr", min_snr_gamma=4.0, min_snr_floor=0.1, guidance_interval=(0.3, 2.0))
+    run = main(replace(config, output=tmp_path, zero_snr=True))
+    assert load_model(run).defaults.guidance_interval == (0.3, 2.0)
+    assert given == {"gamma": 4.0, "floor": 0.1}
+
+
 def test_fine_tuning_starts_from_the_model(pixels: Config, model_folder: Path, tmp_path: Path) -> None:
     config = replace(pixels, model=str(model_folder), output=tmp_path, size=None, caption_dropout=0.2)
+    own = {name: getattr(Config(), name) for name in ("unet", "vae", "text_encoder", "steps", "guidance_scale")}
+    config = replace(config, **own)  # those of the model
     run = main(replace(config, learning_rate=1e-9))
     before = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
     for name, weight in weights(run).items():
@@ -390,6 +421,61 @@ def test_fine_tuning_starts_from_the_model(pixels: Config, model_folder: Path, t
 
 
 # What stops a run
+
+
+@pytest.mark.parametrize("broken", ["validate", "grid", "save_model"])
+def test_what_cannot_work_fails_before_the_first_update(
+    pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def failing(*args, **kwargs) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(train.ldm, broken, failing)
+    monkeypatch.setattr(train.ldm, "draw_batch", None)  # is not come to
+    with pytest.raises(OSError, match="no room"):
+        main(replace(pixels, output=tmp_path))
+    assert not (tmp_path / ".rehearsal").exists()
+
+
+def test_rehearsing_changes_nothing(pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = main(replace(pixels, output=tmp_path / "one"))
+    assert not (one / ".rehearsal").exists()
+    monkeypatch.setattr(train.ldm, "rehearse", lambda *args: None)
+    other = main(replace(pixels, output=tmp_path / "other"))
+    assert all(w.equal(weights(other)[name]) for name, w in weights(one).items())
+
+
+def test_a_checkpoint_is_saved_before_its_samples_are_painted(
+    pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.ldm, "rehearse", lambda *args: None)
+    monkeypatch.setattr(train.ldm, "grid", None)
+    with pytest.raises(TypeError):
+        main(replace(pixels, output=tmp_path))
+    assert state(tmp_path)["update"] == 2
+
+
+def test_the_loss_scale_of_fp16_is_taken_up_again(
+    pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = train.ldm.start
+
+    def scaling(*args, **kwargs) -> Accelerator:
+        accelerator = started(*args, **kwargs)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+        return accelerator
+
+    monkeypatch.setattr(train.ldm, "start", scaling)
+    for updates, scale in ((2, 4096.0), (3, 8192.0)):
+        assert state(main(replace(pixels, output=tmp_path, updates=updates)))["scaler"]["scale"] == scale
+
+
+def test_another_global_batch_is_refused(pixels: Config, tmp_path: Path) -> None:
+    config = replace(pixels, output=tmp_path)
+    main(config)
+    with pytest.raises(ValueError, match=r"updates see 4 pictures .* now it would be 8"):
+        main(replace(config, updates=3, accumulate=2))
+    assert state(main(replace(config, updates=3, batch_size=2, accumulate=2)))["update"] == 3  # the same four
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
@@ -447,7 +533,9 @@ def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
     ("settings", "words"),
     [
         ({"data": "nowhere"}, "--data 'nowhere' does not exist"),
-        ({"model": "nowhere/at/all"}, "not a model folder"),
+        ({"model": "nowhere/at/all", "unet": SMALL, "vae": "bundled", "text_encoder": "bundled"}, "not a model folder"),
+        ({"model": "MODEL", "zero_snr": True}, "its own --unet, --vae, --text-encoder, --zero-snr: leave out"),
+        ({"noise": "uniform", "noise_mean": 0.0}, "uniform training noise has no mean"),
         ({"vae": "nowhere"}, "nowhere.*missing"),
         ({"text_encoder": "nowhere"}, "nowhere.*missing"),
         ({"size": 18, "vae": "MODEL"}, "--size 18: expected a multiple of 4"),

@@ -14,7 +14,7 @@ import train.vae
 from pipelines.files import load_autoencoder
 from train.data import open_source, read_pictures, to_unit
 from train.state import checkpoints
-from train.vae import Config, crops, main, normalise_latents, reconstruct
+from train.vae import TINY, Config, crops, main, normalise_latents, reconstruct
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 from vae.losses import LossWeights
 
@@ -173,7 +173,7 @@ def test_a_killed_run_ends_with_the_same_bytes(config: Config, tmp_path: Path, m
     for part in ("optimizer", "judge_optimizer"):
         for one, other in zip(a[part]["state"].values(), b[part]["state"].values(), strict=True):
             assert all(one[name].equal(other[name]) for name in one)
-    with pytest.raises(ValueError, match="batch_size: 8 before, 4 now"):
+    with pytest.raises(ValueError, match=r"updates see 8 pictures .* now it would be 4"):
         run(replace(config, batch_size=4), tmp_path / "killed")
 
 
@@ -217,7 +217,7 @@ def test_fine_tuning_starts_from_an_autoencoder(
     trained: tuple[Path, list[dict]], config: Config, tmp_path: Path
 ) -> None:
     before = load_autoencoder(trained[0])
-    output, numbers = run(replace(config, init=trained[0], learning_rate=1e-9), tmp_path)
+    output, numbers = run(replace(config, init=trained[0], model=TINY, learning_rate=1e-9), tmp_path)
     data = pixels(config)
     assert numbers[-1]["psnr"] == pytest.approx(reconstruct(before, data, torch.device("cpu"))[1], abs=0.05)
     assert load_autoencoder(output).config == before.config
@@ -253,6 +253,24 @@ def test_gradients_that_are_no_numbers_reach_no_checkpoint(
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000002"]
 
 
+def test_the_perceptual_loss_goes_where_the_pictures_are(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Distance(torch.nn.Module):
+        place = None
+
+        def to(self, device):  # type: ignore[override]
+            Distance.place = device
+            return self
+
+        def forward(self, output, target):
+            return (output - target).square().flatten(1).mean(1)
+
+    monkeypatch.setattr(train.vae, "load_perceptual", Distance)
+    run(replace(config, updates=1, loss=LossWeights(perceptual=1.0)), tmp_path)
+    assert Distance.place == torch.device("cpu")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -263,7 +281,8 @@ def test_gradients_that_are_no_numbers_reach_no_checkpoint(
         ({"size": 17}, "--size 17.*expected multiples of 2"),  # which would show at the first checkpoint only
         ({"model": replace(MODEL, use_quant_conv=False)}, "use_quant_conv"),
         ({"data": "nowhere"}, "'nowhere' does not exist"),
-        ({"init": Path("nowhere")}, "nowhere.*missing"),
+        ({"init": Path("nowhere"), "model": TINY}, "nowhere.*missing"),
+        ({"init": Path("nowhere")}, "--init nowhere brings its own --model"),
     ],
 )
 def test_runs_that_make_no_sense_are_refused(config: Config, tmp_path: Path, settings: dict, words: str) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conditioning.context import Conditioner, Context
-from train.data import Source, read, refuse_unusable, to_unit
+from train.data import Source, digest, read, refuse_unusable, to_unit, written_aside
 from vae.autoencoder import Autoencoder, Identity, Posterior
 
 SHARD = 512  # pictures in one file
-TABLE_LIMIT = 50_000  # distinct captions up to which all their states are kept in memory
+TABLE_BYTES = 10**9  # up to which the states of all captions are kept in memory
 
 
 class Latents(NamedTuple):
@@ -46,7 +46,7 @@ def cache_latents(
 
     Raises ValueError when more pictures than `train.data.MAX_UNUSABLE` are broken or without a caption.
     """
-    key = _digest(source.fingerprint(), str(size), _weights_digest(vae))
+    key = digest(source.fingerprint(), str(size), _weights_digest(vae))
     place = folder / f"latents-{key}"
     shards = range(-(-len(source) // SHARD))
     missing = [s for s in shards if not _shard(place, s).is_file()]
@@ -55,7 +55,9 @@ def cache_latents(
         megabytes = len(source) * channels * side * side * 4 / 1e6
         accelerator.print(f"latent cache: {len(missing)} of {len(shards)} shards to compute, {megabytes:.0f} MB in all")
         place.mkdir(parents=True, exist_ok=True)
-        for shard in missing[accelerator.process_index :: accelerator.num_processes]:
+    # Shares of all shards, not of the missing ones: those are fewer for a process that looks when others have begun.
+    for shard in shards[accelerator.process_index :: accelerator.num_processes]:
+        if not _shard(place, shard).is_file():
             _encode_shard(source, vae, size, place, shard, workers, accelerator)
     accelerator.wait_for_everyone()
     means, logvars, captions, unusable = [], [], [], []
@@ -98,34 +100,35 @@ def _encode_shard(
         captions += [one.captions for one in usable]
     shape = (0, vae.latent_channels, size // vae.downscale, size // vae.downscale)
     empty = [torch.zeros(shape, dtype=torch.float16)]
-    partial = place / f"{shard:06d}.{accelerator.process_index}.partial"
     said = json.dumps({"captions": captions, "unusable": unusable})
     moments = {"mean": torch.cat(means or empty), "logvar": torch.cat(logvars or empty)}
-    save_file({name: m.contiguous() for name, m in moments.items()}, partial, metadata={"captions": said})
-    partial.rename(_shard(place, shard))
+    with written_aside(_shard(place, shard)) as partial:
+        save_file({name: m.contiguous() for name, m in moments.items()}, partial, metadata={"captions": said})
 
 
 class Texts:
-    """Captions to context rows: all encoded once, or, when they are too many to keep, as they come."""
+    """Captions to context rows: all encoded once, or as they come, when they are too many to keep or one of them needs
+    more than one window of the encoder: each batch then has as many windows as its longest caption needs."""
 
     def __init__(self, conditioner: Conditioner, captions: Sequence[tuple[str, ...]], device: torch.device):
         self.conditioner, self.device = conditioner, device
         distinct = sorted({caption for group in captions for caption in group} | {""})
+        row = sum(value.numel() * value.element_size() for value in self._encode([""]).values())  # bytes
         chunks = getattr(conditioner, "chunks", None)
-        # Every row as long as the longest caption needs, so that batches can be cut from one table.
-        self.options = {"chunks": chunks(distinct)} if chunks else {}
-        self.row = {caption: i for i, caption in enumerate(distinct)} if len(distinct) <= TABLE_LIMIT else {}
-        self.table = self._encode(list(self.row)) if self.row else None
+        fits = row * len(distinct) <= TABLE_BYTES and (chunks is None or chunks(distinct) == 1)
+        self.row = {caption: i for i, caption in enumerate(distinct)}
+        self.table = self._encode(distinct) if fits else None
 
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> Context:
-        parts = [self.conditioner(captions[i : i + 256], **self.options) for i in range(0, len(captions), 256)]
+        parts = [self.conditioner(captions[i : i + 256]) for i in range(0, len(captions), 256)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Context:
         """The context of these captions; the empty one is the null."""
         if self.table is None:
-            return self._encode(list(captions))
+            return self.conditioner(list(captions))
         rows = torch.tensor([self.row[caption] for caption in captions])
         return {name: value[rows.to(value.device)].to(self.device) for name, value in self.table.items()}
 
@@ -140,7 +143,3 @@ def _weights_digest(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]

@@ -2,16 +2,17 @@
 
 Its text tower becomes the text encoder of a text-to-image model, the whole of it judges pictures (Radford et al. 2021;
 model and loss are open_clip's). Reads top to bottom: settings, batches, then one loop. Every random draw is a function
-of (seed, update), so the same command goes on exactly where it was stopped, and one process or several see the same.
+of (seed, update), so the same command goes on exactly where it was stopped, and one process or several see the same
+batches. A ResNet's batch norm takes its statistics of each process's share alone: there, their number shows.
 
 In the output: text_encoder/ and tokenizer/, which transformers, diffusers and `train/ldm.py --text-encoder` open;
-clip/, for `train.clip_model.load_clip` and `open_clip.create_model("local-dir:...")`; the newest checkpoint; the logs.
+clip/, for `train.clip_model.load_clip` and `open_clip.create_model("local-dir:...")`; the newest checkpoints; the logs.
 """
 
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from train.clip_model import WEIGHTS, Judge, save_clip, tokenise
 from train.config import parse
 from train.data import Pictures, describe, generator, open_source, read_pictures, to_unit
 from train.launch import MixedPrecision, start
-from train.state import learning_rate, resume, save_checkpoint
+from train.state import clamp_warmup, learning_rate, resume, save_checkpoint
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
@@ -61,7 +62,7 @@ class Config:
     warmup: int = 100  # updates of linear warm-up before the cosine
     weight_decay: float = 0.1
     clip: float = 1.0  # largest norm of the gradient
-    mixed_precision: MixedPrecision = "no"
+    mixed_precision: MixedPrecision | None = None  # None: what the launcher was told
     seed: int = 0
     measure_every: int = 50  # updates between measurements on pictures that are not trained on
     checkpoint_every: int = 500  # updates
@@ -102,11 +103,11 @@ class Config:
 PRESETS = {
     # First steps: about 3 minutes on 2 cores.
     "shapes": Config(),
-    # The bundled model's text encoder: about 10 minutes on 2 cores that know bfloat16.
+    # The bundled model's text encoder: 15 minutes, 95% of held-out pictures closest to their own caption.
     "bundled": Config(
         data="pictograms+shapes",
         output=Path("runs/bundled-clip"),
-        updates=3000,
+        updates=1500,
         warmup=200,
         mixed_precision="bf16",
     ),
@@ -162,6 +163,7 @@ def retrieval(judge: Judge, pictures: Pictures, pairs: list[tuple[int, str]]) ->
 def main(config: Config) -> Path:
     accelerator = start(config.mixed_precision, log_with="tensorboard", project_dir=config.output)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    config = replace(config, mixed_precision=accelerator.mixed_precision)
     if config.batch_size % processes:
         raise ValueError(f"--batch-size is {config.batch_size}: expected a multiple of the {processes} processes")
 
@@ -175,6 +177,11 @@ def main(config: Config) -> Path:
         show = accelerator.is_main_process
         pictures, unseen = (read_pictures(s, config.size, config.cache, workers=config.workers, progress=show)
                             for s in sources)  # fmt: skip
+    if (count := len(pictures.captions)) < config.batch_size:
+        raise ValueError(
+            f"--data {config.data} holds {count} pictures, fewer than --batch-size {config.batch_size}: set it to "
+            f"{count} or less"
+        )
     exam = draw_pairs(unseen, min(256, len(unseen.keys)), config.seed, -1, fullest=True)
 
     captions = sorted({caption for group in pictures.captions for caption in group})
@@ -204,6 +211,8 @@ def main(config: Config) -> Path:
         update = state["update"]
         network.load_state_dict(load_file(folder / "clip" / WEIGHTS))
         optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"going on from {folder}")
     model, optimizer = accelerator.prepare(network, optimizer)
     contrast = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=processes)
@@ -211,12 +220,13 @@ def main(config: Config) -> Path:
     parameters = sum(p.numel() for p in network.parameters())
     accelerator.print(f"{len(tokenizer)} tokens, {parameters / 1e6:.2f} M parameters, {config.updates} updates")
 
+    warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
     bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
     while update < config.updates:
-        rate = learning_rate(update, peak=config.learning_rate, warmup=config.warmup, updates=config.updates)
+        rate = learning_rate(update, peak=config.learning_rate, warmup=warmup, updates=config.updates)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # Each process draws the whole batch and takes its share: their number changes nothing.
+        # Each process draws the whole batch and takes its share: their number changes no batch.
         pairs = draw_pairs(pictures, config.batch_size, config.seed, update)
         images = to_unit(pictures.pixels[[i for i, _ in pairs]])
         images = jittered(images, config.jitter, generator(config.seed, update, 1))[rank::processes]
@@ -232,6 +242,11 @@ def main(config: Config) -> Path:
             )
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        if not torch.isfinite(norm) and not accelerator.scaler:  # which leaves such a step out
+            raise ValueError(
+                f"the gradient is {norm.item()} at update {update} (captions {[c for _, c in pairs[:3]]} …): lower "
+                f"--learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
+            )
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -249,9 +264,10 @@ def main(config: Config) -> Path:
             bar.set_postfix_str(" ".join(f"{name} {number:.3f}" for name, number in numbers.items()))
         if update % config.checkpoint_every == 0 or update == config.updates:
             if accelerator.is_main_process:
-                state = {"optimizer": optimizer.state_dict()}
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None  # of fp16
+                state = {"optimizer": optimizer.state_dict(), "scaler": scaler}
                 save_checkpoint(
-                    config.output, update, lambda f: save_clip(f, network, arguments, tokenizer), state, config, keep=1
+                    config.output, update, lambda f: save_clip(f, network, arguments, tokenizer), state, config
                 )
             accelerator.wait_for_everyone()
     bar.close()

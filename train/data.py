@@ -10,9 +10,14 @@ the class folders.
 import bisect
 import csv
 import hashlib
+import io
 import itertools
 import json
+import os
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +31,8 @@ from tqdm import tqdm
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_UNUSABLE = 0.05  # share of pictures without a caption, or broken, above which training is refused
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+# What Pillow raises, and what its decoders let through.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class Example(NamedTuple):
@@ -62,7 +68,7 @@ class FolderSource:
             raise ValueError(f"{file}: {error}") from None
 
     def fingerprint(self) -> str:
-        return _hash(json.dumps(self.captions), *map(_file_hash, self.files))
+        return digest(json.dumps(self.captions), *map(_file_hash, self.files))
 
 
 @dataclass
@@ -91,7 +97,7 @@ class ParquetSource:
         return Example(rgb(row[self.image_column]), captions, f"row {index}")
 
     def fingerprint(self) -> str:
-        return _hash(self.image_column, *map(_file_hash, self.files))
+        return digest(self.image_column, *map(_file_hash, self.files))
 
 
 @dataclass
@@ -113,7 +119,7 @@ class Drawn:
     def fingerprint(self) -> str:
         here = Path(__file__).parent
         code = [(here / name).read_bytes() for name in ("pictograms.py", "styles.py", "shapes.py", "objects.csv")]
-        return _hash(self.settings, *code, self.font.read_bytes() if self.font else b"")
+        return digest(self.settings, *code, self.font.read_bytes() if self.font else b"")
 
 
 @dataclass
@@ -135,7 +141,7 @@ class Joined:
         return self.parts[part][index - (self.ends[part - 1] if part else 0)]
 
     def fingerprint(self) -> str:
-        return _hash(*(part.fingerprint() for part in self.parts))
+        return digest(*(part.fingerprint() for part in self.parts))
 
 
 def open_source(data: str, size: int, *, split: str = "train", font: str | None = None, views: int = 1) -> Source:
@@ -182,7 +188,8 @@ def _open_folder(folder: Path) -> FolderSource:
     origin, found = _folder_captions(folder, pictures)
     captioned = [(f, found[f]) for f in pictures if found.get(f)]
     notes = [f"no caption: {f}" for f in pictures if not found.get(f)]
-    notes += [f"named in {origin}, but not there: {f}" for f in found if f not in set(pictures)]
+    there = set(pictures)
+    notes += [f"named in {origin}, but not there: {f}" for f in found if f not in there]
     if len(pictures) - len(captioned) > MAX_UNUSABLE * len(pictures):
         raise ValueError(
             f"{len(pictures) - len(captioned)} of {len(pictures)} pictures in {folder} have no caption (captions from "
@@ -199,18 +206,16 @@ def _folder_captions(folder: Path, pictures: list[Path]) -> tuple[str, dict[Path
             return name, _read_metadata(folder / name)
     if any(f.with_suffix(".txt").is_file() for f in pictures):
         texts = {f: f.with_suffix(".txt") for f in pictures}
-        return ".txt files", {
-            f: _captions(t.read_text(encoding="utf-8").splitlines()) for f, t in texts.items() if t.is_file()
-        }
+        return ".txt files", {f: _captions(_text(t).splitlines()) for f, t in texts.items() if t.is_file()}
     return "class folders", {f: (f.parent.name.replace("_", " "),) for f in pictures if f.parent != folder}
 
 
 def _read_metadata(file: Path) -> dict[Path, tuple[str, ...]]:
-    with open(file, encoding="utf-8", newline="") as lines:
-        if file.suffix == ".csv":
-            rows: list[tuple[int, dict]] = list(enumerate(csv.DictReader(lines), 2))
-        else:
-            rows = [(n, _json_object(line, file, n)) for n, line in enumerate(lines, 1) if line.strip()]
+    lines = io.StringIO(_text(file), newline="")
+    if file.suffix == ".csv":
+        rows: list[tuple[int, dict]] = list(enumerate(csv.DictReader(lines), 2))
+    else:
+        rows = [(n, _json_object(line, file, n)) for n, line in enumerate(lines, 1) if line.strip()]
     found: dict[Path, tuple[str, ...]] = {}
     for number, row in rows:
         text = next((row[k] for k in ("text", "caption", "prompt") if row.get(k)), None)
@@ -222,6 +227,13 @@ def _read_metadata(file: Path) -> dict[Path, tuple[str, ...]]:
         picture = file.parent / row["file_name"]
         found[picture] = found.get(picture, ()) + _captions(texts)
     return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8") from None
 
 
 def _json_object(line: str, file: Path, number: int) -> dict:
@@ -386,32 +398,43 @@ class Pictures(NamedTuple):
 
 def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, progress: bool = True) -> Pictures:
     """Decodes a source once and maps it from `cache` ever after; keyed by content and size."""
-    stem = cache / f"pixels-{_hash(source.fingerprint(), str(size))}"
+    stem = cache / f"pixels-{digest(source.fingerprint(), str(size))}"
     pixel_file, caption_file = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not caption_file.exists():  # written last: its presence says that the pixels are whole
         cache.mkdir(parents=True, exist_ok=True)
-        partial = stem.with_suffix(".partial.npy")
-        pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(source), size, size, 3))
         captions: list[tuple[str, ...]] = []
         keys: list[str] = []
         unusable: list[tuple[str, str]] = []
         name = "reading pictures" if progress else None
-        for batch in read(source, size, range(len(source)), batch=64, workers=workers, progress=name):
-            for loaded in batch:
-                if loaded.pixels is None or loaded.error:
-                    unusable.append((loaded.key, loaded.error))
-                    continue
-                pixels[len(keys)] = loaded.pixels
-                captions.append(loaded.captions)
-                keys.append(loaded.key)
-        refuse_unusable(unusable, len(source))
-        pixels.flush()
-        partial.rename(pixel_file)
-        caption_file.write_text(json.dumps({"captions": captions, "keys": keys}))
+        with written_aside(pixel_file) as partial:
+            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(source), size, size, 3))
+            for batch in read(source, size, range(len(source)), batch=64, workers=workers, progress=name):
+                for loaded in batch:
+                    if loaded.pixels is None or loaded.error:
+                        unusable.append((loaded.key, loaded.error))
+                        continue
+                    pixels[len(keys)] = loaded.pixels
+                    captions.append(loaded.captions)
+                    keys.append(loaded.key)
+            refuse_unusable(unusable, len(source))
+            pixels.flush()
+        with written_aside(caption_file) as partial:
+            partial.write_text(json.dumps({"captions": captions, "keys": keys}))
     said = json.loads(caption_file.read_text())
     # Copy-on-write, so that torch gets memory that it may call writable.
     mapped = torch.from_numpy(np.load(pixel_file, mmap_mode="c"))[: len(said["keys"])]
     return Pictures(mapped, [tuple(c) for c in said["captions"]], said["keys"])
+
+
+@contextmanager
+def written_aside(file: Path) -> Iterator[Path]:
+    """A path of this process's own to write to: whole, it becomes `file` at a stroke; after an error it goes."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.{os.environ.get('RANK', 0)}.partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @lru_cache(maxsize=2)
@@ -439,9 +462,10 @@ def _file_hash(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _hash(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
+def digest(*parts: str | bytes) -> str:
+    """What names a cache: a hash of everything that decides what lies in it."""
+    hashed = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
-        digest.update(b"\0")
-    return digest.hexdigest()[:24]
+        hashed.update(part.encode() if isinstance(part, str) else part)
+        hashed.update(b"\0")
+    return hashed.hexdigest()[:24]

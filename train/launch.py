@@ -14,12 +14,14 @@ TWO_CPU_PROCESSES = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num
 
 
 def start(
-    mixed_precision: MixedPrecision = "no",
+    mixed_precision: MixedPrecision | None = None,
     gradient_accumulation_steps: int = 1,
     log_with: str | None = None,
     project_dir: str | Path | None = None,
 ) -> Accelerator:
     """An `Accelerator` whose processes are those that the launcher was asked for, each with its share of the cores.
+
+    mixed_precision: None takes what the launcher was told, and "no" without one. OMP_NUM_THREADS above 1 is kept.
 
     Raises ValueError when fewer processes run than were asked for (`accelerate launch --cpu --num_processes 2` starts
     one), or when several were started that do not know each other (`--multi_gpu` on a machine without a GPU).
@@ -44,9 +46,10 @@ def start(
             f"{accelerator.num_processes}. Without a GPU, type: {TWO_CPU_PROCESSES}"
         )
     local = int(environment.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    # accelerate exports OMP_NUM_THREADS=1 and one core would do all the work.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local) if hasattr(os, "sched_getaffinity")
-                          else max(1, (os.cpu_count() or 1) // local))  # fmt: skip
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wished = environment.get("OMP_NUM_THREADS", "")
+    # accelerate itself exports OMP_NUM_THREADS=1, and one core would do all the work: more is a person's own wish.
+    torch.set_num_threads(int(wished) if wished.isdecimal() and int(wished) > 1 else max(1, cores // local))
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

@@ -6,11 +6,12 @@ same command goes on where its last checkpoint stands, and one process or severa
 """
 
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if not __package__:  # as a script, this folder is first on the path, where this very file would hide the package ldm
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -33,7 +34,7 @@ from train.config import parse
 from train.data import batch_indices, describe, first_captions, generator, open_source, permutation
 from train.grid import grid
 from train.launch import MixedPrecision, memory_format, start
-from train.state import EMA, learning_rate, resume, save_checkpoint
+from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
 from vae.autoencoder import Autoencoder, Identity
 
 SMALL = UNetConfig(
@@ -44,7 +45,7 @@ SMALL = UNetConfig(
     attention_head_dim=4,
     norm_num_groups=16,
 )
-BUNDLED = replace(SMALL, block_out_channels=(128, 224))
+BUNDLED = replace(SMALL, block_out_channels=(96, 176), norm_num_groups=8)
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,11 @@ class Config:
     prediction: Literal["epsilon", "sample", "v", "velocity", "edm"] = "v"
     zero_snr: bool = False  # rescale the betas to end in pure noise
     noise: Literal["uniform", "log_normal", "logit_normal"] = "log_normal"  # distribution of training noise
-    noise_mean: float | None = 0.4  # of log(sigma); uniform noise has none
-    noise_std: float | None = 1.4
+    noise_mean: float | None = None  # of log(sigma), not for uniform; None: 0.4, or the paper's for logit_normal, 0
+    noise_std: float | None = None  # likewise; None: 1.4, or the paper's for logit_normal, 1
     weight: Literal["plain", "min_snr", "edm", "x0", "elbo"] = "plain"
+    min_snr_gamma: float = 5.0  # largest weight of "min_snr"
+    min_snr_floor: float = 0.0  # smallest; above 0 for a path that ends in pure noise
     caption_dropout: float = 0.1  # share of captions replaced by the null context, for classifier-free guidance
     size: int | None = None  # side of the pictures in pixels; None: what model or autoencoder were trained on
     views: int = 1  # how often each drawn pictogram is drawn, each time a little differently
@@ -76,7 +79,7 @@ class Config:
     weight_decay: float = 0.0
     ema_decay: float = 0.995
     clip: float = 1.0  # largest norm of the gradient
-    mixed_precision: MixedPrecision = "no"
+    mixed_precision: MixedPrecision | None = None  # None: what the launcher was told
     compile: bool = False  # torch.compile the U-Net
     gradient_checkpointing: bool = False  # less memory, a third more arithmetic
     seed: int = 0
@@ -84,6 +87,7 @@ class Config:
     prompts: tuple[str, ...] = ()  # of the sample grid; by default some of the data's own
     steps: int | None = None  # of the sampler, the model's default from now on; None: 20, or what it was before
     guidance_scale: float | None = None  # likewise; None: 3, or what it was before
+    guidance_interval: tuple[float, float] | None = None  # likewise, noise levels; None: all, or what it was before
     workers: int = 2  # processes that read pictures
     cache: Path = Path("cache")  # latents
     font: str | None = None  # the colour emoji font's file, for pictograms
@@ -103,16 +107,16 @@ PRESETS = {
     "shapes": Config(),
     # Taken when --model is given: a gentle rate, a few hundred updates.
     "fine-tune": Config(output=Path("runs/fine-tuned"), updates=400, batch_size=16, learning_rate=1e-4, warmup=20),
-    # The bundled model's U-Net.
+    # The bundled model's U-Net: 27 minutes at 86 pictures a second; its card has the score.
     "bundled": Config(
         data="pictograms",
         output=Path("runs/bundled"),
         unet=BUNDLED,
-        updates=20_000,
+        updates=2200,
         batch_size=64,
-        warmup=200,
-        ema_decay=0.9995,
-        checkpoint_every=1000,
+        warmup=150,
+        ema_decay=0.998,
+        checkpoint_every=200,
         mixed_precision="bf16",
     ),
 }
@@ -121,6 +125,12 @@ PRESETS = {
 def build(config: Config) -> Model:
     """The model to train: an existing one, or a new U-Net between an existing autoencoder and text encoder."""
     if config.model:
+        fixed = ("unet", "vae", "text_encoder", "path", "prediction", "zero_snr")
+        known = [Config(), *PRESETS.values()]
+        changed = [n for n in fixed if all(getattr(config, n) != getattr(preset, n) for preset in known)]
+        if changed:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            raise ValueError(f"--model {config.model} brings its own {names}: leave out --model, or these")
         model = load_model(config.model)
         model.defaults = replace(
             model.defaults,
@@ -129,6 +139,7 @@ def build(config: Config) -> Model:
             size=config.size or model.defaults.size,
             steps=config.steps or model.defaults.steps,
             guidance_scale=_or(config.guidance_scale, model.defaults.guidance_scale),
+            guidance_interval=config.guidance_interval or model.defaults.guidance_interval,
         )
         return model
     vae: Autoencoder | Identity
@@ -159,6 +170,7 @@ def build(config: Config) -> Model:
     defaults = Defaults(
         steps=config.steps or 20,
         guidance_scale=_or(config.guidance_scale, 3.0),
+        guidance_interval=config.guidance_interval,
         sampler="dpmpp_2m",
         caption_dropout=config.caption_dropout,
         data=config.data,
@@ -215,33 +227,57 @@ def draw_batch(
 
 
 @torch.no_grad()
-def validate(denoiser: Denoiser, latents: Latents, texts: Texts, device: torch.device) -> dict[str, float]:
+def validate(
+    denoiser: Denoiser, latents: Latents, texts: Texts, device: torch.device, batch_size: int = 128
+) -> dict[str, float]:
     """Error of x_0 over its variance at five fixed noise levels, on fixed noise: {"validation/sigma 0.25": ...}."""
     chosen = latents.select(torch.arange(min(128, len(latents.captions))))
-    x0 = chosen.posterior(torch.arange(len(chosen.captions)), device).mean
-    context = texts([group[0] for group in chosen.captions])
+    every = torch.arange(len(chosen.captions))
+    x0 = chosen.posterior(every, device).mean
     noise = torch.randn(x0.shape, generator=generator(0)).to(device)
-    errors = {}
-    for sigma in (0.25, 0.5, 1.0, 2.0, 8.0):
-        level = torch.full((len(x0),), sigma, device=device)
-        error = denoising_loss(denoiser, x0, context, level, noise, torch.ones_like)
-        errors[f"validation/sigma {sigma}"] = float(error.mean() / x0.var())
-    return errors
+    errors = dict.fromkeys((0.25, 0.5, 1.0, 2.0, 8.0), 0.0)
+    for part in every.split(batch_size):  # no more memory than training takes
+        context = texts([chosen.captions[i][0] for i in part.tolist()])
+        rows = part.to(device)
+        for sigma in errors:
+            level = torch.full((len(part),), sigma, device=device)
+            error = denoising_loss(denoiser, x0[rows], context, level, noise[rows], torch.ones_like)
+            errors[sigma] += float(error.sum())
+    return {f"validation/sigma {sigma}": e / len(x0) / float(x0.var()) for sigma, e in errors.items()}
 
 
-def paint_grid(model: Model, config: Config, prompts: list[str], file: Path) -> None:
+def paint_grid(model: Model, config: Config, prompts: list[str], file: Path, steps: int | None = None) -> None:
     """Samples of the prompts, in seeds 0 … n - 1, each over its prompt."""
     pipe = TextToImagePipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(prompts, seed=0, height=config.size, width=config.size).images
+    images = pipe(prompts, steps=steps, seed=0, height=config.size, width=config.size).images
     file.parent.mkdir(parents=True, exist_ok=True)
     grid(images, prompts, columns=4).save(file)
 
 
-def sample_prompts(config: Config, latents: Latents) -> list[str]:
-    """The prompts of the grid: those of the settings, of a drawn set, or the first captions of some pictures."""
+def rehearse(model: Model, config: Config, latents: Latents, texts: Texts, prompts: list[str], state: dict) -> None:
+    """Measures a batch, paints one prompt and saves, into a folder that goes: what can't work fails before training."""
+    place = config.output / ".rehearsal"
+    device = next(model.unet.parameters()).device
+    model.unet.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model.conditioner(prompts)
+            first = latents.select(torch.arange(min(config.batch_size, len(latents.captions))))
+            validate(model.denoiser, first, texts, device, config.batch_size)
+            save_checkpoint(place, 0, lambda folder: save_model(model, folder), state, config)
+            paint_grid(model, config, prompts[:1], place / "samples.png", steps=2)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        model.unet.train()
+
+
+def sample_prompts(config: Config, model: Model, latents: Latents) -> list[str]:
+    """The prompts of the grid: those of the settings, of a drawn set, names of labels, or some pictures' captions."""
     if config.prompts:
         return list(config.prompts)
+    if isinstance(model.conditioner, Labels):
+        return list(model.conditioner.names[:8])
     if config.data == "shapes":
         from train.shapes import CANONICAL_PROMPTS
 
@@ -254,9 +290,18 @@ def sample_prompts(config: Config, latents: Latents) -> list[str]:
     return list(dict.fromkeys(latents.captions[i][0] for i in order))[:8]
 
 
+def settled(config: Config, precision: str) -> Config:
+    """The settings with what was left to the launcher and to the kind of noise filled in, as they are recorded."""
+    mean, std = config.noise_mean, config.noise_std
+    if config.noise == "log_normal":
+        mean, std = _or(mean, 0.4), _or(std, 1.4)
+    return replace(config, noise_mean=mean, noise_std=std, mixed_precision=precision)  # type: ignore[arg-type]
+
+
 def main(config: Config) -> Path:
     accelerator = start(config.mixed_precision, log_with="tensorboard", project_dir=config.output)
     device, rank = accelerator.device, accelerator.process_index
+    config = settled(config, accelerator.mixed_precision)
     model = build(config)
     size = config.size or model.size
     if size % model.vae.downscale:
@@ -271,6 +316,8 @@ def main(config: Config) -> Path:
     if accelerator.is_main_process:
         print(describe(source, size))
     everything = cache_latents(source, model.vae, size, config.cache, accelerator, config.workers)
+    if isinstance(model.conditioner, Labels):  # the names are the pictures' first captions
+        everything = everything._replace(captions=[group[:1] for group in everything.captions])
     count = len(everything.captions)
     order = permutation(count, config.seed, -1)
     held = min(256, count // 20) if count >= 100 else 0
@@ -280,40 +327,52 @@ def main(config: Config) -> Path:
         + ("" if held else " (too few to hold any out: it is measured on the training pictures)")
     )
     texts = Texts(model.conditioner, everything.captions, device)
-    prompts = sample_prompts(config, latents)
+    prompts = sample_prompts(config, model, latents)
 
     unet.train().requires_grad_(True)
     unet.gradient_checkpointing = config.gradient_checkpointing
-    normal = {} if config.noise == "uniform" else {"mean": config.noise_mean, "std": config.noise_std}
-    noise_levels = training_noise(config.noise, model.schedule, **normal)
-    weight = training_weight(config.weight, model.denoiser, noise_levels)
+    noise_levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
+    floor, gamma = config.min_snr_floor, config.min_snr_gamma
+    weight = training_weight(config.weight, model.denoiser, noise_levels, gamma=gamma, floor=floor)
+    warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
     ema = EMA(unet, config.ema_decay)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
     )
     update = 0
-    free = ("workers", "cache", "checkpoint_every", "prompts", "updates")
-    if found := resume(config.output, config, may_change=free):
+    global_batch = config.batch_size * accelerator.num_processes * config.accumulate
+    free = ("workers", "cache", "checkpoint_every", "prompts", "updates", "batch_size", "accumulate")
+    if found := resume(config.output, config, may_change=free, global_batch=global_batch):
         folder, state = found
         update = state["update"]
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         averaged = read_weights(folder / "unet")
         ema.load([averaged[name] for name, p in unet.named_parameters() if p.requires_grad])
+        if accelerator.scaler and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"going on from {folder}")
     if config.compile:
         model.denoiser.network = torch.compile(unet)  # type: ignore[assignment]
     denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
     accelerator.init_trackers("ldm")
     parameters = sum(p.numel() for p in unet.parameters())
-    global_batch = config.batch_size * accelerator.num_processes * config.accumulate
     accelerator.print(f"U-Net: {parameters / 1e6:.2f} M parameters, {config.updates} updates of {global_batch}")
+
+    def state_now() -> dict[str, Any]:
+        raw = {name: weight.clone() for name, weight in unet.state_dict().items()}
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None  # of fp16
+        return {"unet": raw, "optimizer": optimizer.state_dict(), "scaler": scaler, "global_batch": global_batch}
+
+    if update == 0 and accelerator.is_main_process:
+        rehearse(model, config, validation, texts, prompts, state_now())
+    accelerator.wait_for_everyone()
 
     bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
     began, seen = time.perf_counter(), 0
     while update < config.updates:
         rate = learning_rate(
-            update, peak=config.learning_rate, warmup=config.warmup, updates=config.updates, schedule=config.schedule
+            update, peak=config.learning_rate, warmup=warmup, updates=config.updates, schedule=config.schedule
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -331,7 +390,7 @@ def main(config: Config) -> Path:
             accelerator.backward(loss / config.accumulate)
             total += loss.detach() / config.accumulate
         norm = accelerator.clip_grad_norm_(unet.parameters(), config.clip)
-        if not torch.isfinite(norm) and config.mixed_precision != "fp16":  # there, the scaler leaves such a step out
+        if not torch.isfinite(norm) and not accelerator.scaler:  # which leaves such a step out
             raise ValueError(
                 f"the gradient is {norm.item()} at update {update} (captions {batch.captions[:3]} …): lower "
                 f"--learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
@@ -350,17 +409,16 @@ def main(config: Config) -> Path:
             bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
         if update % config.checkpoint_every == 0 or update == config.updates:
             if accelerator.is_main_process:
-                raw = {name: weight.clone() for name, weight in unet.state_dict().items()}
+                state = state_now()  # the trained weights; the model's are the averaged ones from here on
                 with ema.applied():
                     unet.eval()
-                    errors = validate(model.denoiser, validation, texts, device)
-                    paint_grid(model, config, prompts, config.output / "samples" / f"{update:07d}.png")
-                    state = {"unet": raw, "optimizer": optimizer.state_dict()}
                     saved = save_checkpoint(config.output, update, lambda f: save_model(model, f), state, config)
+                    errors = validate(model.denoiser, validation, texts, device, config.batch_size)
+                    accelerator.log(errors, update)
+                    shown = ", ".join(f"{k.split()[-1]}: {v:.3f}" for k, v in errors.items())
+                    tqdm.write(f"update {update}: validation error by sigma {shown}; saved {saved}")
+                    paint_grid(model, config, prompts, config.output / "samples" / f"{update:07d}.png")
                     unet.train()
-                accelerator.log(errors, update)
-                shown = ", ".join(f"{k.split()[-1]}: {v:.3f}" for k, v in errors.items())
-                tqdm.write(f"update {update}: validation error by sigma {shown}; saved {saved}")
             accelerator.wait_for_everyone()
     bar.close()
     accelerator.end_training()

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+from pipelines.files import checkpoints
 
 
 class EMA:
@@ -74,6 +73,14 @@ def learning_rate(update: int, *, peak: float, warmup: int, updates: int, schedu
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def clamp_warmup(warmup: int, updates: int, say: Callable[[str], None]) -> int:
+    """At most half of the updates, and what was done about a longer one is said."""
+    if warmup <= updates // 2:
+        return warmup
+    say(f"--warmup {warmup} is more than half of {updates} updates: {updates // 2} are taken")
+    return updates // 2
+
+
 def save_checkpoint(
     output: Path, update: int, write: Callable[[Path], None], state: dict[str, Any], config: Any, *, keep: int = 2
 ) -> Path:
@@ -101,30 +108,32 @@ def save_checkpoint(
     return final
 
 
-def checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints in a run's folder, oldest first."""
-    return sorted(
-        (f for f in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(f.name)),
-        key=lambda f: int(f.name.split("-")[1]),
-    )
-
-
-def resume(output: Path, config: Any, *, may_change: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]] | None:
+def resume(
+    output: Path, config: Any, *, may_change: tuple[str, ...] = (), global_batch: int | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run and its state, or None when there is none.
 
     Raises ValueError when the run was started with other settings than `config`, but for the fields `may_change` and
-    for `output`: a run may be moved.
+    for `output`: a run may be moved. Raises it as well when the state names another "global_batch" than this one, the
+    pictures in an update of all processes.
     """
     found = checkpoints(output)
     if not found:
         return None
     before = json.loads((found[-1] / "training" / "config.json").read_text())
     now = json.loads(json.dumps(asdict(config), default=str))
-    changed = [k for k in now if k not in (*may_change, "output") and before.get(k) != now[k]]
+    changed = [k for k in now if k not in (*may_change, "output") and k in before and before[k] != now[k]]
     if changed:
         told = "; ".join(f"{k}: {before.get(k)!r} before, {now[k]!r} now" for k in changed)
         raise ValueError(
             f"{output} holds a run with other settings ({told}). Type the same command to go on with it, "
             "or choose another --output"
         )
-    return found[-1], torch.load(found[-1] / "training" / "state.pt", weights_only=True, map_location="cpu")
+    state = torch.load(found[-1] / "training" / "state.pt", weights_only=True, map_location="cpu")
+    if global_batch and state.get("global_batch", global_batch) != global_batch:
+        raise ValueError(
+            f"{output} holds a run whose updates see {state['global_batch']} pictures (batch size × processes × "
+            f"accumulated steps), now it would be {global_batch}: change them so that it stays, or choose another "
+            "--output"
+        )
+    return found[-1], state

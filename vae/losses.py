@@ -94,8 +94,8 @@ def autoencoder_loss(
     return total, {name: term.detach() for name, term in terms.items()}
 
 
-def load_perceptual(network: str = "vgg") -> Perceptual:
-    """LPIPS (Zhang et al., 2018), from the `lpips` package; a module, so that `.to(device)` moves it.
+def load_perceptual(network: str = "vgg") -> nn.Module:
+    """LPIPS (Zhang et al., 2018), from the `lpips` package: a `Perceptual` that `.to(device)` moves.
 
     Args:
         network: "vgg", "alex" or "squeeze".

@@ -1,0 +1,85 @@
+"""The arguments of a call, checked: prompts, sides, and where the noise comes from."""
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.samplers import Noise, picture_noise
+
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:
+    """One text or several as a list; ValueError for anything else."""
+    if not isinstance(prompt, str | list | tuple):
+        raise ValueError(f"{name} should be a text or a list of texts, got {prompt!r}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError(f"{name} is an empty list: expected a text, or a list of at least one")
+    for p in prompts:
+        if not isinstance(p, str):
+            raise ValueError(f"{name} should be a text or a list of texts, got {p!r} in the list")
+    return prompts
+
+
+def negative_list(negative: Any, pictures: int, per_prompt: int) -> list[str]:
+    """A negative prompt for each picture; by default the empty one."""
+    if negative is None or isinstance(negative, str):
+        return [negative or ""] * pictures
+    negatives = [n for n in prompt_list(negative, "negative_prompt") for _ in range(per_prompt)]
+    if len(negatives) != pictures:
+        raise ValueError(f"{len(negative)} negative prompts for {pictures // per_prompt} prompts: give one, or as many")
+    return negatives
+
+
+def step_count(steps: int | None, num_inference_steps: int | None, default: int) -> int:
+    """The number of steps, which has two names."""
+    if steps is not None and num_inference_steps is not None and steps != num_inference_steps:
+        raise ValueError(f"steps={steps} and {num_inference_steps=} are two names of one thing: give one")
+    steps = next((s for s in (steps, num_inference_steps) if s is not None), default)
+    if steps < 1:
+        raise ValueError(f"steps={steps}: sampling takes at least one step")
+    return steps
+
+
+def checked_sides(height: int | None, width: int | None, size: int, factor: int) -> tuple[int, int]:
+    """Height and width in pixels, by default `size`; ValueError unless multiples of the autoencoder's factor."""
+    sides = (size if height is None else height, size if width is None else width)
+    if any(side < factor or side % factor for side in sides):
+        near = " × ".join(str(max(factor, round(side / factor) * factor)) for side in sides)
+        raise ValueError(f"height × width = {sides[0]} × {sides[1]}: expected multiples of {factor}, such as {near}")
+    return sides
+
+
+def starting_noise(
+    shape: tuple[int, ...], seed: int | None, generator: Generators | None, latents: Tensor | None
+) -> tuple[list[int] | None, Callable[[Tensor], Tensor], Tensor]:
+    """(seeds, the sampler's noise, starting latents [*shape], unit normal).
+
+    seeds: what each picture can be painted from again; None when generators or latents were given.
+    """
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator both say where noise comes from: give one")
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ValueError(f"latents should be of shape {shape}, got {tuple(latents.shape)}")
+    seeds = None
+    if isinstance(generator, torch.Generator):
+        noise: Noise = functools.partial(_batch_noise, generator)
+        return None, noise, noise(torch.empty(shape)) if latents is None else latents
+    if generator is None:
+        first = random.randrange(2**31) if seed is None else seed
+        seeds = list(range(first, first + shape[0]))
+        generator = [torch.Generator().manual_seed(s) for s in seeds]
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for {shape[0]} pictures: give one, or as many")
+    noise = picture_noise(list(generator))
+    return (seeds, noise, noise(torch.empty(shape))) if latents is None else (None, noise, latents)
+
+
+def _batch_noise(generator: torch.Generator, x: Tensor) -> Tensor:
+    """The whole batch from one generator, as diffusers draws it."""
+    return torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)

@@ -1,0 +1,103 @@
+"""What a folder's scheduler config says about sampling: the sampler, its step grid, and what is not implemented."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.samplers import SAMPLERS
+from ldm.schedule import Grid, NoiseSchedule
+
+# The sampler that a folder's scheduler stands for; any other class gets FALLBACK, and a warning.
+SCHEDULER_SAMPLERS = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "Atelier": "heun",
+}
+FALLBACK = "dpmpp_2m"
+
+# Values of a diffusers scheduler config that change the picture: those implemented here, and what is done for others.
+_ANY = {
+    "thresholding": ((False,), "estimates are not thresholded"),
+    "clip_sample": ((False,), "estimates are not clipped, as in diffusers' StableDiffusionPipeline"),
+    "steps_offset": ((1,), "1 is taken, as in diffusers' StableDiffusionPipeline"),
+    "use_beta_sigmas": ((False, None), "steps are spaced by timestep_spacing"),
+    "use_lu_lambdas": ((False, None), "steps are spaced by timestep_spacing"),
+    "use_flow_sigmas": ((False, None), "steps are spaced by timestep_spacing"),
+    "use_dynamic_shifting": ((False, None), "steps are not shifted"),
+    "final_sigmas_type": (("zero", "sigma_min"), "the last step ends at zero"),
+}
+_OWN: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "DDPMScheduler": {
+        "variance_type": (("fixed_small", "fixed_small_log", "fixed_large"), "the variance is fixed_small"),
+    },
+    "EulerDiscreteScheduler": {
+        "interpolation_type": (("linear",), "levels between the table's rows are log-linear"),
+        "timestep_type": (("discrete",), "the clock is discrete"),
+        "sigma_min": ((None,), "the table's own is taken"),
+        "sigma_max": ((None,), "the table's own is taken"),
+    },
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": (("dpmsolver++",), "dpmsolver++ is taken"),
+        "solver_order": ((2,), "order 2 is taken"),
+        "solver_type": (("midpoint",), "midpoint is taken"),
+        "lower_order_final": ((True,), "the last of fewer than 15 steps is of order 1"),
+        "euler_at_final": ((False,), "the last step is of order 1 only when it ends at zero or steps are few"),
+        "lambda_min_clipped": ((float("-inf"), "-Infinity", "-inf", None), "no level is clipped"),
+        "variance_type": ((None,), "the network's variance is not used"),
+    },
+}
+
+
+def sampler_of(config: Mapping[str, Any]) -> str:
+    """The sampler that stands for the scheduler of a config."""
+    return SCHEDULER_SAMPLERS.get(config.get("_class_name", ""), FALLBACK)
+
+
+def warn_of_differences(config: Mapping[str, Any]) -> None:
+    """One warning that names whatever in a scheduler config is not implemented, and what is done in its place.
+
+    No error: the table of noise levels is the model's, but how to step through it is the caller's choice.
+    """
+    name = config.get("_class_name", "")
+    found = []
+    if name not in SCHEDULER_SAMPLERS:
+        found.append(f"_class_name={name!r}: the sampler is {FALLBACK}")
+    for key, (implemented, instead) in (_ANY | _OWN.get(name, {})).items():
+        if key in config and config[key] not in implemented:
+            found.append(f"{key}={config[key]!r}: {instead}")
+    if name in ("DDIMScheduler", "DDPMScheduler") and "clip_sample" not in config:
+        found.append(f"clip_sample is missing, which is True to diffusers: {_ANY['clip_sample'][1]}")
+    if found:
+        warnings.warn(f"not implemented in the model's scheduler config: {'; '.join(found)}", stacklevel=3)
+
+
+def grid_of(config: Mapping[str, Any], schedule: NoiseSchedule, sampler: str, spacing: str | None = None) -> Grid:
+    """A sampler's steps as diffusers' scheduler of its name would space them, given this config."""
+    final = config.get("final_sigmas_type") if sampler in ("dpmpp_2m", "euler") else None
+    if sampler == "ddim" and "set_alpha_to_one" in config:
+        final = "zero" if config["set_alpha_to_one"] else "sigma_min"
+    ramps = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
+    ramp = next((r for key, r in ramps.items() if config.get(key) and sampler not in ("ddim", "ddpm")), None)
+    return SAMPLERS[sampler].grid_for(
+        schedule,
+        spacing=spacing or config.get("timestep_spacing"),
+        offset=None if "path" in config else 1,  # StableDiffusionPipeline sets 1 whatever the config says
+        final=final if final in ("zero", "sigma_min") else None,
+        ramp=None if spacing else ramp,
+    )
+
+
+def sampler_options(config: Mapping[str, Any], sampler: str, eta: float) -> dict[str, Any]:
+    """What a sampler takes beside the grid.
+
+    With "fixed_large" diffusers adds noise after the last of fewer than 1000 steps; algorithm 2 of DDPM, and we, don't.
+    """
+    if sampler == "ddim":
+        return {"eta": eta}
+    if sampler == "ddpm" and config.get("variance_type") == "fixed_large":
+        return {"variance": "large"}
+    return {}
