@@ -103,7 +103,7 @@ class Config:
 
 
 PRESETS = {
-    # First steps: captioned shapes, about 4 minutes on 2 cores.
+    # First steps: captioned shapes, about 7 minutes on 2 cores.
     "shapes": Config(),
     # Taken when --model is given: a gentle rate, a few hundred updates.
     "fine-tune": Config(output=Path("runs/fine-tuned"), updates=400, batch_size=16, learning_rate=1e-4, warmup=20),
