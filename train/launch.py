@@ -15,7 +15,6 @@ TWO_CPU_PROCESSES = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num
 
 def start(
     mixed_precision: MixedPrecision | None = None,
-    gradient_accumulation_steps: int = 1,
     log_with: str | None = None,
     project_dir: str | Path | None = None,
 ) -> Accelerator:
@@ -34,7 +33,6 @@ def start(
         )
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
-        gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=log_with,
         project_config=ProjectConfiguration(project_dir=str(project_dir)) if project_dir else None,
         step_scheduler_with_optimizer=False,

@@ -107,7 +107,7 @@ PRESETS = {
     "shapes": Config(),
     # Taken when --model is given: a gentle rate, a few hundred updates.
     "fine-tune": Config(output=Path("runs/fine-tuned"), updates=400, batch_size=16, learning_rate=1e-4, warmup=20),
-    # The bundled model's U-Net: 27 minutes at 86 pictures a second; its card has the score.
+    # The bundled model's U-Net: 29 minutes at 82 pictures a second; its card has the score.
     "bundled": Config(
         data="pictograms",
         output=Path("runs/bundled"),
