@@ -95,8 +95,9 @@ class Data:
     """The colour emoji font's file, for pictograms."""
 
     def run(self) -> None:
-        from train.data import describe, open_source, read
+        from train.data import read
         from train.grid import grid
+        from train.sources import describe, open_source
 
         if self.size < 1:
             raise ValueError(f"--size {self.size}: expected at least 1")

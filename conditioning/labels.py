@@ -13,7 +13,7 @@ class Labels(nn.Module):
     """Names or ids of classes in, `class_labels` [B] (long) out.
 
     The null is a class of its own, `len(names)`, as in DiT and classifier-free guidance on labels: the network's table
-    has `num_embeddings` rows. The empty caption is the null as well.
+    has `num_embeddings` rows. The empty caption stands for it.
     """
 
     null_id: Tensor
@@ -31,9 +31,6 @@ class Labels(nn.Module):
         """Raises ValueError for a name or an id that is no class, saying which names come close."""
         ids = [self._id(label) for label in checked(captions, (str, int))]
         return {"class_labels": torch.tensor(ids, device=self.null_id.device)}
-
-    def null(self, n: int, like: Context | None = None) -> Context:
-        return {"class_labels": self.null_id.repeat(n)}
 
     def _id(self, label: str | int) -> int:
         if isinstance(label, int):

@@ -69,11 +69,6 @@ class TextEncoder(nn.Module, ABC):
         hidden = self.embed(torch.tensor(ids, device=self.device))
         return {"encoder_hidden_states": hidden.reshape(len(rows), chunks * self.length, -1)}
 
-    def null(self, n: int, like: Context | None = None) -> Context:
-        """The encoded empty caption, `n` times, in as many windows as the rows of `like` have."""
-        chunks = like["encoder_hidden_states"].shape[1] // self.length if like else 1
-        return {name: value.expand(n, -1, -1) for name, value in self([""], chunks=chunks).items()}
-
     def _windows(self, caption: str, say: bool = True) -> list[list[int]]:
         content = self.tokenizer.encode(caption)
         if self.long_prompts == "cut" and len(content) > self.room:

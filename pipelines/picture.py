@@ -6,6 +6,13 @@ from typing import Any, Self
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] -> PIL; what is beyond is cut."""
+    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 class Picture(Image.Image):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from pipelines.arguments import (
     step_count,
 )
 from pipelines.folder import Model, for_atelier_alone, load_model, save_model
-from pipelines.picture import Picture
+from pipelines.picture import Picture, to_pil
 from pipelines.scheduler import grid_of, sampler_of, sampler_options
 
 Callback = Callable[[int, float, Tensor, Tensor], None]  # step, sigma, x at sigma, estimate of x_0
@@ -239,8 +238,8 @@ class TextToImagePipeline:
                 x = chosen.function(denoise, x, sigmas, noise=noise, callback=stepped, **options)
         if output_type == "latent":
             return Output(x, seeds) if return_dict else (x, None)
-        pixels = (model.vae.decode(x).float().clamp(-1, 1) + 1) / 2
-        images: Any = pixels.cpu()
+        decoded = model.vae.decode(x)
+        images: Any = (decoded.float().clamp(-1, 1).cpu() + 1) / 2
         if output_type == "np":
             images = images.permute(0, 2, 3, 1).numpy()
         elif output_type == "pil":
@@ -252,8 +251,8 @@ class TextToImagePipeline:
             skipped = getattr(model.conditioner, "clip_skip", 0) if clip_skip is None else clip_skip
             settings |= {"clip_skip": skipped, "width": width, "height": height}
             images = [
-                Picture.of(_to_pil(image), {"prompt": p, "negative_prompt": n, "seed": s, **settings})
-                for image, p, n, s in zip(images, prompts, negatives, seeds or itertools.repeat(None), strict=False)
+                Picture.of(to_pil(image), {"prompt": p, "negative_prompt": n, "seed": s, **settings})
+                for image, p, n, s in zip(decoded, prompts, negatives, seeds or itertools.repeat(None), strict=False)
             ]
         return Output(images, seeds) if return_dict else (images, None)
 
@@ -301,8 +300,3 @@ def usable_device(device: str | torch.device) -> torch.device:
         why = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} can't be used here ({why}): expected cpu, cuda or mps") from None
     return chosen
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] -> PIL."""
-    return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from conditioning import Unconditional, drop
+from conditioning import Unconditional
 from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
 from conditioning.labels import Labels
 from conditioning.open_clip import OpenClipEncoder, OpenClipLayer
@@ -205,8 +205,8 @@ def test_long_prompts_in_chunks(encoder: ClipTextEncoder, oracle: CLIPTextModel)
     hidden = context["encoder_hidden_states"]
     assert hidden.shape == (2, len(parts) * LENGTH, 32)
     torch.testing.assert_close(hidden[1:], torch.cat(parts, dim=1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(hidden[:1], encoder.null(1).popitem()[1].repeat(1, len(parts), 1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(encoder.null(3, like=context)["encoder_hidden_states"], hidden[[0, 0, 0]])
+    empty = encoder([""])["encoder_hidden_states"]
+    torch.testing.assert_close(hidden[:1], empty.repeat(1, len(parts), 1), atol=1e-5, rtol=1e-5)
     assert encoder.chunks(["", caption]) == len(parts)
     assert encoder([""], chunks=5)["encoder_hidden_states"].shape == (1, 5 * LENGTH, 32)
     with pytest.raises(ValueError, match="needs"):
@@ -278,8 +278,6 @@ def test_open_clip_equals_transformers(tmp_path) -> None:
         ours = OpenClipEncoder.from_name(tmp_path, layer=layer)
         torch.testing.assert_close(ours(captions)["encoder_hidden_states"], hidden, atol=1e-5, rtol=1e-5)
     assert ours([" and ".join(CAPTIONS)])["encoder_hidden_states"].shape[1] > LENGTH
-    null = ours.null(2, like=ours(captions))["encoder_hidden_states"]
-    torch.testing.assert_close(null, ours(["", ""])["encoder_hidden_states"], atol=1e-5, rtol=1e-5)
 
 
 def test_open_clip_with_a_transformers_tokenizer(tokenizer: ClipTokenizer, tmp_path) -> None:
@@ -312,36 +310,13 @@ def test_open_clip_errors(tmp_path) -> None:
 def test_labels() -> None:
     labels = Labels(["fox", "cat", "boat"])
     assert labels(["cat", 2, "", "fox"])["class_labels"].tolist() == [1, 2, 3, 0]
-    assert labels.null(2)["class_labels"].tolist() == [3, 3]
     assert labels.num_embeddings == 4
     for wrong, message in ((["boats"], "boat"), ([3], "0 to 2"), ([-1], "0 to 2"), ([True], "expected str or int")):
         with pytest.raises(ValueError, match=message):
             labels(wrong)
     with pytest.raises(ValueError, match="differ"):
         Labels(["fox", "fox"])
-    assert Unconditional()(["whatever"]) == Unconditional().null(1) == {}
-
-
-def test_dropout_is_a_function_of_its_draws(encoder: ClipTextEncoder) -> None:
-    uniforms = torch.tensor([0.05, 0.5, 0.099])
-    labels = Labels(["fox", "cat", "boat"])
-    for conditioner, captions in ((encoder, CAPTIONS), (labels, ["fox", "cat", "boat"])):
-        context = conditioner(captions)
-        null = conditioner.null(3, like=context)
-        (name, dropped), *rest = drop(context, null, uniforms < 0.1).items()
-        assert not rest
-        assert dropped[1].equal(context[name][1])
-        assert dropped[0].equal(null[name][0])
-        assert dropped[2].equal(null[name][2])
-        assert not dropped[1].equal(null[name][1])
-    assert drop({}, {}, uniforms < 0.1) == {}
-    nested = drop({"added_cond_kwargs": {"x": torch.ones(2)}}, {"added_cond_kwargs": {"x": torch.zeros(2)}},
-                  torch.tensor([True, False]))  # fmt: skip
-    assert nested["added_cond_kwargs"]["x"].tolist() == [0, 1]
-    with pytest.raises(ValueError, match="like=context"):
-        drop(encoder([" and ".join(CAPTIONS)]), encoder.null(1), torch.tensor([True]))
-    with pytest.raises(ValueError, match="one encoder"):
-        drop(encoder(["a"]), labels.null(1), torch.tensor([True]))
+    assert Unconditional()(["whatever", ""]) == {}
 
 
 def test_painting_needs_no_heavy_library() -> None:

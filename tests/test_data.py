@@ -11,19 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data import (
-    batch_indices,
-    describe,
-    fit,
-    generator,
-    open_source,
-    permutation,
-    read,
-    read_pictures,
-    rgb,
-    to_unit,
-    written_aside,
-)
+from train.data import batch_indices, fit, generator, permutation, read, read_pictures, to_unit, written_aside
+from train.sources import describe, open_source, rgb
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -18,7 +18,8 @@ import train.clip
 from conditioning.clip import ClipTextEncoder
 from train.clip import Config, draw_pairs, jittered, main, retrieval
 from train.clip_model import export_text_tower, load_clip, tokenise
-from train.data import Pictures, open_source, read_pictures, to_unit
+from train.data import Pictures, read_pictures, to_unit
+from train.sources import open_source
 from train.state import checkpoints
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train.ldm
+import train.watch
 from conditioning.context import Unconditional
 from ldm.denoiser import Denoiser
 from ldm.schedule import VariancePreserving
@@ -22,8 +23,9 @@ from pipelines import TextToImagePipeline
 from pipelines.folder import load_model
 from train.cache import Latents, Texts
 from train.config import parse
-from train.ldm import PRESETS, SMALL, Config, draw_batch, main, settled, validate
+from train.ldm import PRESETS, SMALL, Config, draw_batch, main, settled
 from train.state import checkpoints
+from train.watch import validate
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -430,7 +432,7 @@ def test_what_cannot_work_fails_before_the_first_update(
     def failing(*args, **kwargs) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr(train.ldm, broken, failing)
+    monkeypatch.setattr(train.watch, broken, failing)
     monkeypatch.setattr(train.ldm, "draw_batch", None)  # is not come to
     with pytest.raises(OSError, match="no room"):
         main(replace(pixels, output=tmp_path))
@@ -449,7 +451,7 @@ def test_a_checkpoint_is_saved_before_its_samples_are_painted(
     pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train.ldm, "rehearse", lambda *args: None)
-    monkeypatch.setattr(train.ldm, "grid", None)
+    monkeypatch.setattr(train.watch, "grid", None)
     with pytest.raises(TypeError):
         main(replace(pixels, output=tmp_path))
     assert state(tmp_path)["update"] == 2

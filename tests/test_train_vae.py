@@ -12,7 +12,8 @@ from PIL import Image
 
 import train.vae
 from pipelines.files import load_autoencoder
-from train.data import open_source, read_pictures, to_unit
+from train.data import read_pictures, to_unit
+from train.sources import open_source
 from train.state import checkpoints
 from train.vae import TINY, Config, crops, main, normalise_latents, reconstruct
 from vae.autoencoder import Autoencoder, AutoencoderConfig

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conditioning.context import Conditioner, Context
-from train.data import Source, digest, read, refuse_unusable, to_unit, written_aside
+from train.data import read, refuse_unusable, to_unit, written_aside
+from train.sources import Source, digest
 from vae.autoencoder import Autoencoder, Identity, Posterior
 
 SHARD = 512  # pictures in one file
@@ -44,7 +45,7 @@ def cache_latents(
 ) -> Latents:
     """Encodes what is not yet in the cache, each process its share of the shards, and opens all of it.
 
-    Raises ValueError when more pictures than `train.data.MAX_UNUSABLE` are broken or without a caption.
+    Raises ValueError when more pictures than `train.sources.MAX_UNUSABLE` are broken or without a caption.
     """
     key = digest(source.fingerprint(), str(size), _weights_digest(vae))
     place = folder / f"latents-{key}"
@@ -68,8 +69,7 @@ def cache_latents(
             logvars.append(opened.get_tensor("logvar"))
         captions += [tuple(c) for c in said["captions"]]
         unusable += [tuple(u) for u in said["unusable"]]
-    if accelerator.is_main_process:
-        refuse_unusable(unusable, len(source))
+    refuse_unusable(unusable, len(source), accelerator.print)
     if not captions:
         raise ValueError("no picture is left to train on")
     return Latents(torch.cat(means), torch.cat(logvars), captions)

@@ -30,8 +30,9 @@ from tqdm import tqdm
 from conditioning.tokenizer import ClipTokenizer
 from train.clip_model import WEIGHTS, Judge, save_clip, tokenise
 from train.config import parse
-from train.data import Pictures, describe, generator, open_source, read_pictures, to_unit
+from train.data import Pictures, generator, read_pictures, to_unit
 from train.launch import MixedPrecision, start
+from train.sources import describe, open_source
 from train.state import clamp_warmup, learning_rate, resume, save_checkpoint
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5

@@ -6,7 +6,6 @@ same command goes on where its last checkpoint stands, and one process or severa
 """
 
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -21,21 +20,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from conditioning.context import Unconditional
 from conditioning.labels import Labels
-from ldm.denoiser import Denoiser
 from ldm.loss import denoising_loss, training_noise, training_weight
-from ldm.unet import UNet, UNetConfig
-from pipelines.files import load_autoencoder, newest, read_weights
-from pipelines.folder import Defaults, Model, find_model, load_conditioner, load_model, save_model, scheduler_config
-from pipelines.text_to_image import TextToImagePipeline
+from ldm.unet import UNetConfig
+from pipelines.files import read_weights
+from pipelines.folder import save_model
+from train.build import build
 from train.cache import Latents, Texts, cache_latents
 from train.config import parse
-from train.data import batch_indices, describe, first_captions, generator, open_source, permutation
-from train.grid import grid
+from train.data import batch_indices, generator, permutation
 from train.launch import MixedPrecision, memory_format, start
+from train.muon import BETAS, Muon
+from train.sources import describe, open_source
 from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
-from vae.autoencoder import Autoencoder, Identity
+from train.watch import paint_grid, rehearse, sample_prompts, validate
 
 SMALL = UNetConfig(
     block_out_channels=(64, 128),
@@ -73,6 +71,7 @@ class Config:
     updates: int = 1200  # optimizer updates in all
     batch_size: int = 32  # pictures in one step of one process
     accumulate: int = 1  # steps in one update
+    optimizer: Literal["muon", "adamw"] = "muon"  # Muon moves the matrices, AdamW the rest or all
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: int = 100  # updates of linear warm-up
@@ -122,80 +121,6 @@ PRESETS = {
 }
 
 
-def build(config: Config) -> Model:
-    """The model to train: an existing one, or a new U-Net between an existing autoencoder and text encoder."""
-    if config.model:
-        fixed = ("unet", "vae", "text_encoder", "path", "prediction", "zero_snr")
-        known = [Config(), *PRESETS.values()]
-        changed = [n for n in fixed if all(getattr(config, n) != getattr(preset, n) for preset in known)]
-        if changed:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-            raise ValueError(f"--model {config.model} brings its own {names}: leave out --model, or these")
-        model = load_model(config.model)
-        model.defaults = replace(
-            model.defaults,
-            caption_dropout=config.caption_dropout,
-            data=config.data,
-            size=config.size or model.defaults.size,
-            steps=config.steps or model.defaults.steps,
-            guidance_scale=_or(config.guidance_scale, model.defaults.guidance_scale),
-            guidance_interval=config.guidance_interval or model.defaults.guidance_interval,
-        )
-        return model
-    vae: Autoencoder | Identity
-    if config.vae == "none":
-        vae = Identity()
-    else:
-        vae = load_autoencoder(find_model(None) if config.vae == "bundled" else Path(config.vae))
-    conditioner: Labels | Unconditional
-    if config.text_encoder == "labels":
-        conditioner = Labels(sorted(first_captions(open_source(config.data, 32, font=config.font))))
-    elif config.text_encoder == "none":
-        conditioner = Unconditional()
-    else:
-        where = None if config.text_encoder == "bundled" else config.text_encoder
-        folder = find_model(None) if where is None else newest(Path(where))
-        conditioner = load_conditioner(folder, {})  # type: ignore[assignment]
-    tower = getattr(conditioner, "tower", None)
-    own = 32 if isinstance(vae, Identity) else vae.config.sample_size
-    size = config.size or (own if isinstance(own, int) else max(own))
-    unet = replace(
-        config.unet if tower else without_text(config.unet),
-        in_channels=vae.latent_channels,
-        out_channels=vae.latent_channels,
-        sample_size=size // vae.downscale,
-        cross_attention_dim=tower.config.hidden_size if tower else config.unet.cross_attention_dim,
-        num_class_embeds=getattr(conditioner, "num_embeddings", None),
-    )
-    defaults = Defaults(
-        steps=config.steps or 20,
-        guidance_scale=_or(config.guidance_scale, 3.0),
-        guidance_interval=config.guidance_interval,
-        sampler="dpmpp_2m",
-        caption_dropout=config.caption_dropout,
-        data=config.data,
-        size=size,
-    )
-    torch.manual_seed(config.seed)
-    scheduler = scheduler_config(config.path, config.prediction, zero_snr=config.zero_snr)
-    return Model(UNet(unet), vae, conditioner, scheduler, defaults)
-
-
-def _or(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
-
-
-def without_text(unet: UNetConfig) -> UNetConfig:
-    """The same widths with attention of the picture to itself alone, in heads of as many channels."""
-    return replace(
-        unet,
-        down_block_types=tuple(kind.replace("CrossAttn", "Attn") for kind in unet.down_block_types),
-        mid_block_type=unet.mid_block_type and unet.mid_block_type.removesuffix("CrossAttn"),
-        up_block_types=tuple(kind.replace("CrossAttn", "Attn") for kind in unet.up_block_types),
-        attention_head_dim=unet.block_out_channels[0] // unet.per_level("attention_head_dim")[0],
-    )
-
-
 @dataclass
 class Batch:
     """One step's pictures on one process, and every random draw that it needs."""
@@ -226,75 +151,21 @@ def draw_batch(
     return Batch(x0, captions, noise, torch.stack(u).to(device))
 
 
-@torch.no_grad()
-def validate(
-    denoiser: Denoiser, latents: Latents, texts: Texts, device: torch.device, batch_size: int = 128
-) -> dict[str, float]:
-    """Error of x_0 over its variance at five fixed noise levels, on fixed noise: {"validation/sigma 0.25": ...}."""
-    chosen = latents.select(torch.arange(min(128, len(latents.captions))))
-    every = torch.arange(len(chosen.captions))
-    x0 = chosen.posterior(every, device).mean
-    noise = torch.randn(x0.shape, generator=generator(0)).to(device)
-    errors = dict.fromkeys((0.25, 0.5, 1.0, 2.0, 8.0), 0.0)
-    for part in every.split(batch_size):  # no more memory than training takes
-        context = texts([chosen.captions[i][0] for i in part.tolist()])
-        rows = part.to(device)
-        for sigma in errors:
-            level = torch.full((len(part),), sigma, device=device)
-            error = denoising_loss(denoiser, x0[rows], context, level, noise[rows], torch.ones_like)
-            errors[sigma] += float(error.sum())
-    return {f"validation/sigma {sigma}": e / len(x0) / float(x0.var()) for sigma, e in errors.items()}
-
-
-def paint_grid(model: Model, config: Config, prompts: list[str], file: Path, steps: int | None = None) -> None:
-    """Samples of the prompts, in seeds 0 … n - 1, each over its prompt."""
-    pipe = TextToImagePipeline(model)
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe(prompts, steps=steps, seed=0, height=config.size, width=config.size).images
-    file.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, prompts, columns=4).save(file)
-
-
-def rehearse(model: Model, config: Config, latents: Latents, texts: Texts, prompts: list[str], state: dict) -> None:
-    """Measures a batch, paints one prompt and saves, into a folder that goes: what can't work fails before training."""
-    place = config.output / ".rehearsal"
-    device = next(model.unet.parameters()).device
-    model.unet.eval()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.conditioner(prompts)
-            first = latents.select(torch.arange(min(config.batch_size, len(latents.captions))))
-            validate(model.denoiser, first, texts, device, config.batch_size)
-            save_checkpoint(place, 0, lambda folder: save_model(model, folder), state, config)
-            paint_grid(model, config, prompts[:1], place / "samples.png", steps=2)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        model.unet.train()
-
-
-def sample_prompts(config: Config, model: Model, latents: Latents) -> list[str]:
-    """The prompts of the grid: those of the settings, of a drawn set, names of labels, or some pictures' captions."""
-    if config.prompts:
-        return list(config.prompts)
-    if isinstance(model.conditioner, Labels):
-        return list(model.conditioner.names[:8])
-    if config.data == "shapes":
-        from train.shapes import CANONICAL_PROMPTS
-
-        return list(CANONICAL_PROMPTS)
-    if config.data.startswith("pictograms"):
-        from train.pictograms import CANONICAL_PROMPTS
-
-        return list(CANONICAL_PROMPTS)
-    order = permutation(len(latents.captions), config.seed, -2).tolist()
-    return list(dict.fromkeys(latents.captions[i][0] for i in order))[:8]
+def check_model_settings(config: Config) -> None:
+    """Refuses settings of a new model beside --model, which brings its own."""
+    fixed = ("unet", "vae", "text_encoder", "path", "prediction", "zero_snr")
+    known = [Config(), *PRESETS.values()]
+    changed = [n for n in fixed if all(getattr(config, n) != getattr(preset, n) for preset in known)]
+    if config.model and changed:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise ValueError(f"--model {config.model} brings its own {names}: leave out --model, or these")
 
 
 def settled(config: Config, precision: str) -> Config:
     """The settings with what was left to the launcher and to the kind of noise filled in, as they are recorded."""
     mean, std = config.noise_mean, config.noise_std
     if config.noise == "log_normal":
-        mean, std = _or(mean, 0.4), _or(std, 1.4)
+        mean, std = 0.4 if mean is None else mean, 1.4 if std is None else std
     return replace(config, noise_mean=mean, noise_std=std, mixed_precision=precision)  # type: ignore[arg-type]
 
 
@@ -302,6 +173,7 @@ def main(config: Config) -> Path:
     accelerator = start(config.mixed_precision, log_with="tensorboard", project_dir=config.output)
     device, rank = accelerator.device, accelerator.process_index
     config = settled(config, accelerator.mixed_precision)
+    check_model_settings(config)
     model = build(config)
     size = config.size or model.size
     if size % model.vae.downscale:
@@ -336,9 +208,12 @@ def main(config: Config) -> Path:
     weight = training_weight(config.weight, model.denoiser, noise_levels, gamma=gamma, floor=floor)
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
     ema = EMA(unet, config.ema_decay)
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-    )
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "muon":
+        optimizer = Muon(unet, config.learning_rate, config.weight_decay)
+    else:
+        rate, decay = config.learning_rate, config.weight_decay
+        optimizer = torch.optim.AdamW(unet.parameters(), rate, betas=BETAS, weight_decay=decay, fused=True)
     update = 0
     global_batch = config.batch_size * accelerator.num_processes * config.accumulate
     free = ("workers", "cache", "checkpoint_every", "prompts", "updates", "batch_size", "accumulate")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from train.data import Example
+from train.sources import Example
 from train.styles import CELLS, PAINTERS, Scene
 
 STYLES = {  # name: how a caption says it

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from train.data import Example
+from train.sources import Example
 
 COLOURS = {  # name: sRGB, of shapes and of grounds
     "red": (214, 48, 49),

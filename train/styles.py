@@ -104,7 +104,7 @@ def plain(scene: Scene) -> Array:
     return scene.colour * (1 - 0.28 * shadow[..., None]) * (1 + (light - 1) * (1 - scene.cover[..., None]))
 
 
-CELLS = 20  # of pixel art, across the picture
+CELLS = 16  # of pixel art, across the picture: a sprite's, and whole pixels at every usual size
 
 
 def pixel(scene: Scene) -> Array:
@@ -188,7 +188,7 @@ def oil(scene: Scene) -> Array:
         strokes = np.stack([y * fine, x * fine, theta, curve])
         _lay(canvas, strokes, tint, brush.length * unit * fine, brush.width * unit * fine, rng)
     gy, gx = _slope(_blur(canvas[..., 3], 0.6 * unit * fine))
-    lit = canvas[..., :3] * (1 + 0.5 * np.clip((gx + gy) * unit * fine, -0.35, 0.35))[..., None]
+    lit = canvas[..., :3] * (1 + 0.35 * np.clip((gx + gy) * unit * fine, -0.35, 0.35))[..., None]
     reduced = Image.fromarray((np.clip(lit, 0, 1) * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BOX)
     y, x = np.mgrid[:side, :side].astype(np.float32) * np.float32(np.pi / 3 / unit)
     weave = 1 + 0.022 * (np.sin(2 * x) * np.cos(y) + np.cos(x) * np.sin(2 * y))
@@ -219,7 +219,7 @@ def _lay(canvas: Array, strokes: Array, tint: Array, length: float, width: float
     bristles = rng.standard_normal((8, len(across)), np.float32)[stroke % 8, lane[point]]
     rim = np.minimum(1 - np.abs(2 * v / width), 0.35)[point]
     height = 0.16 * bristles + 2.2 * rim + 0.2 * (u / length)[point]
-    canvas[seen] = np.column_stack([tint[stroke] * (1 + 0.045 * bristles)[:, None], height])
+    canvas[seen] = np.column_stack([tint[stroke] * (1 + 0.03 * bristles)[:, None], height])
 
 
 def pencil(scene: Scene) -> Array:
@@ -306,14 +306,13 @@ def watercolour(scene: Scene) -> Array:
 def glass(scene: Scene) -> Array:
     """Panes of lit glass between lead, which follows the object's outline and the borders of its colours."""
     rng, side, unit, cover = scene.rng, scene.side, scene.unit, scene.cover
-    behind, lead_behind = _panes(rng, side, 5)
-    within, lead_within = _panes(rng, side, 3)
+    behind, lead_behind = _panes(rng, side, 3)
     smooth = (np.clip(_blur(scene.colour, 1.3 * unit), 0, 1) * 255).astype(np.uint8)
     hues = np.asarray(Image.fromarray(smooth).quantize(8, Image.Quantize.MEDIANCUT)).astype(int)
     inside = cover > 0.5
-    region = np.where(inside, 25 + 8 * within + hues, behind)  # below 25 + 8 * 9
-    count = np.bincount(region.ravel(), minlength=97)
-    total = np.stack([np.bincount(region.ravel(), scene.colour[..., c].ravel(), 97) for c in range(3)], -1)
+    region = np.where(inside, 9 + hues, behind)  # below 9 + 8
+    count = np.bincount(region.ravel(), minlength=17)
+    total = np.stack([np.bincount(region.ravel(), scene.colour[..., c].ravel(), 17) for c in range(3)], -1)
     mean = (total / np.maximum(count, 1)[:, None])[region].astype(np.float32)
 
     large = inside & (count[region] > 16 * unit * unit)  # lead around a speck would swallow it
@@ -321,11 +320,11 @@ def glass(scene: Scene) -> Array:
     cuts[:, 1:] = _apart(mean[:, 1:], mean[:, :-1]) & large[:, 1:] & large[:, :-1]
     cuts[1:] += _apart(mean[1:], mean[:-1]) & large[1:] & large[:-1]
     outline = np.hypot(*_slope(_blur(cover, 0.75 * unit))) * unit
-    lead = np.where(inside, lead_within * large, lead_behind)
-    lead = np.maximum(lead, 1.5 * unit * _blur(np.minimum(cuts, 1), 0.6 * unit))
+    lead = np.where(inside, 0, lead_behind)
+    lead = np.maximum(lead, 1.2 * unit * _blur(np.minimum(cuts, 1), 0.8 * unit))
     lead = np.clip(np.maximum(lead, 2.3 * outline - 0.1), 0, 1)
 
-    shade = 1 + 0.07 * rng.standard_normal((97, 1), np.float32)[region]
+    shade = 1 + 0.07 * rng.standard_normal((17, 1), np.float32)[region]
     streaks = 1 + 0.05 * _warp(_clouds(rng, side, 16), 5 * unit * _clouds(rng, side, 4), np.zeros_like(cover))
     glow = 1.18 - 0.5 * np.clip(_blur(lead, 2.6 * unit), 0, 1)
     pane = (0.55 * mean + 0.45 * scene.colour) * shade * (streaks * glow)[..., None]
@@ -356,7 +355,7 @@ def _panes(rng: np.random.Generator, side: int, n: int) -> tuple[NDArray[np.intp
             second = np.where(nearer, first, np.where(number == label, second, np.minimum(second, away)))
             label, first = np.where(nearer, number, label), np.minimum(first, away)
     gap = (second - first) * 128 / n  # about twice the way to the border, units
-    return label, np.clip(1.6 - gap / 2, 0, 1)
+    return label, np.clip(1.8 - gap / 2, 0, 1)
 
 
 PAINTERS: dict[str, Callable[[Scene], Array]] = {

@@ -19,11 +19,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.blocks import ResnetBlock
 from pipelines.files import load_autoencoder, save_network
+from pipelines.picture import to_pil
 from train.config import parse
-from train.data import batch_indices, describe, generator, open_source, permutation, read_pictures, to_unit
-from train.grid import grid, to_pil
+from train.data import batch_indices, generator, permutation, read_pictures, to_unit
+from train.grid import grid
 from train.launch import MixedPrecision, memory_format, start
+from train.muon import Muon
+from train.sources import describe, open_source
 from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 from vae.losses import (
@@ -40,9 +44,9 @@ from vae.losses import (
 TINY = AutoencoderConfig(
     block_out_channels=(8, 16, 32, 32), latent_channels=4, norm_num_groups=4, mid_block_add_attention=False
 )
-F8 = AutoencoderConfig(  # 64×64 pictures become 8×8×16 latents
+F8 = AutoencoderConfig(  # 64×64 pictures become 8×8×32 latents
     block_out_channels=(16, 48, 96, 128),
-    latent_channels=16,
+    latent_channels=32,
     norm_num_groups=8,
     mid_block_add_attention=False,
     sample_size=64,
@@ -93,9 +97,9 @@ PRESETS = {
         data="pictograms+shapes",
         output=Path("runs/bundled-vae"),
         model=F8,
-        updates=2400,
+        updates=3000,
         batch_size=32,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         mixed_precision="bf16",
     ),
 }
@@ -124,12 +128,15 @@ def crops(
 
 @torch.no_grad()
 def new_autoencoder(model: AutoencoderConfig) -> Autoencoder:
-    """New weights, with posteriors of standard deviation exp(-3).
+    """New weights, with posteriors of standard deviation exp(-3) and residual branches that begin at zero.
 
-    PyTorch's own have one of about 1, which drowns the means: hundreds of updates would pass before a colour comes
-    through.
+    PyTorch's own weights give a deviation of about 1, which drowns the means, and branches that drown the shortcuts:
+    hundreds of updates would pass before a colour comes through.
     """
     vae = Autoencoder(model)
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock):
+            nn.init.zeros_(module.conv2.weight)
     last = vae.quant_conv or vae.encoder.conv_out
     last.bias[model.latent_channels :] = -6.0  # type: ignore[index]
     return vae
@@ -165,7 +172,7 @@ def save(vae: Autoencoder, config: Config, update: int, pixels: Tensor, shown: T
     finished = normalise_latents(vae.eval(), pixels[some], device)
     output, psnr = reconstruct(finished, shown, device)
     save_checkpoint(config.output, update, lambda folder: save_network(finished, folder), state, config)
-    rows = [tile for pair in zip(shown[:32].numpy(), to_pil(output[:32]), strict=True) for tile in pair]
+    rows = [tile for pair in zip(shown[:32].numpy(), map(to_pil, output[:32]), strict=True) for tile in pair]
     (config.output / "samples").mkdir(parents=True, exist_ok=True)
     grid(rows, columns=8).save(config.output / "samples" / f"{update:07d}.png")
     return psnr
@@ -199,7 +206,7 @@ def main(config: Config) -> Path:
     parameters = sum(p.numel() for p in vae.parameters())
     accelerator.print(f"autoencoder: {parameters / 1e6:.2f} M parameters, {config.updates} updates")
     ema = EMA(vae, config.ema_decay)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = Muon(vae, lr=config.learning_rate)
     judge = PatchDiscriminator(width=config.discriminator_width).to(accelerator.device)
     judge_optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, betas=(0.5, 0.9), fused=True)
     perceptual = load_perceptual().to(accelerator.device) if config.loss.perceptual else None
