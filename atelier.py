@@ -36,6 +36,10 @@ class Paint:
     """What to steer away from."""
     sampler: str | None = None
     """ddpm, ddim, euler, euler_ancestral, heun or dpmpp_2m."""
+    image: Path | None = None
+    """A picture to begin from, instead of noise alone."""
+    strength: float = 0.8
+    """Share of the steps that are run on --image: at 1 little of it is left."""
     width: int | None = None
     """In pixels."""
     height: int | None = None
@@ -58,6 +62,12 @@ class Paint:
         ending = self.out.suffix.lower()
         if ending != ".png" and ending not in Image.registered_extensions():  # known before painting, not after it
             raise ValueError(f"--out {self.out}: {ending} names no format of pictures: expected .png, for instance")
+        begin = None
+        if self.image:
+            try:
+                begin = Image.open(self.image).convert("RGB")
+            except OSError as error:
+                raise ValueError(f"--image {self.image} can't be opened as a picture ({error})") from None
         dtype = getattr(torch, self.dtype) if self.dtype else None
         pipe = TextToImagePipeline.from_pretrained(self.model, device=self.device, dtype=dtype)
         print(f"painting on {pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -73,6 +83,8 @@ class Paint:
                 num_images_per_prompt=min(BATCH, self.count - start),
                 seed=seed + start,
                 sampler=self.sampler,
+                image=begin,
+                strength=self.strength,
             )
             self.out.parent.mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(output.images, start + 1):

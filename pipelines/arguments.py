@@ -46,6 +46,14 @@ def step_count(steps: int | None, num_inference_steps: int | None, default: int)
     return steps
 
 
+def first_step(strength: float, steps: int) -> int:
+    """How many steps are left out at the start when a picture is begun from (diffusers' img2img)."""
+    run = min(int(steps * strength), steps)
+    if not 0 < strength <= 1 or run < 1:
+        raise ValueError(f"strength={strength} of {steps} steps: expected above 0, at most 1, and at least one step")
+    return steps - run
+
+
 def checked_sides(height: int | None, width: int | None, size: int, factor: int) -> tuple[int, int]:
     """Height and width in pixels, by default `size`; ValueError unless multiples of the autoencoder's factor."""
     sides = (size if height is None else height, size if width is None else width)

@@ -19,6 +19,7 @@ from conditioning.text import TextEncoder
 from conditioning.tokenizer import ClipTokenizer
 from ldm.blocks import DIFFUSERS_VERSION
 from ldm.denoiser import Denoiser
+from ldm.pixel_unet import PixelUNet
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 from ldm.unet import UNet
 from pipelines.files import fill, load_autoencoder, newest, read_json, read_weights, save_network, write_json
@@ -51,7 +52,7 @@ class Defaults:
 class Model:
     """The parts of a latent diffusion model. `scheduler` is the config that says path, prediction and step spacing."""
 
-    unet: UNet
+    unet: UNet | PixelUNet
     vae: Autoencoder | Identity
     conditioner: TextEncoder | Labels | Unconditional
     scheduler: dict[str, Any]
@@ -139,6 +140,8 @@ def for_atelier_alone(model: Model) -> str:
     """Why no other tool can open this model, or "" when they can."""
     if "path" in model.scheduler:
         return f"the path {model.scheduler['path']!r} has no scheduler config in a Stable Diffusion folder"
+    if not isinstance(model.unet, UNet):
+        return "its U-Net, for small pictures, has a layout of its own"
     if not isinstance(model.conditioner, ClipTextEncoder):
         return f"its conditioning is {type(model.conditioner).__name__}, not a CLIP text encoder"
     if not isinstance(model.vae, Autoencoder):
@@ -214,8 +217,10 @@ def load_model(
         kind = read_json(folder / "model_index.json").get("_class_name")
         if kind != "StableDiffusionPipeline":
             raise ValueError(f"{folder} holds a {kind}; only the layout of StableDiffusionPipeline is implemented")
+    config = read_json(folder / "unet" / "config.json")
+    kind_of_unet = PixelUNet if config.get("_class_name") == "PixelUNet" else UNet
     with torch.device("meta"):
-        unet = UNet.from_config(read_json(folder / "unet" / "config.json"))
+        unet = kind_of_unet.from_config(config)
     fill(unet, read_weights(folder / "unet", variant=variant), folder / "unet", dtype)
     pixels = notes.get("vae") == "Identity"
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")

@@ -5,7 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,15 +20,18 @@ from conditioning.text import TextEncoder
 from ldm.guidance import classifier_free
 from ldm.samplers import SAMPLERS
 from ldm.schedule import step_grid
+from ldm.unet import UNet
 from pipelines.arguments import (
     Generators,
     checked_sides,
+    first_step,
     negative_list,
     prompt_list,
     starting_noise,
     step_count,
 )
 from pipelines.folder import Model, for_atelier_alone, load_model, save_model
+from pipelines.image import image_batch
 from pipelines.picture import Picture, to_pil
 from pipelines.scheduler import grid_of, sampler_of, sampler_options
 
@@ -140,6 +143,8 @@ class TextToImagePipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        image: Any = None,
+        strength: float = 0.8,
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
@@ -164,7 +169,10 @@ class TextToImagePipeline:
 
         Args:
             prompt: one, or a list, which gives a batch; class names for a model of labels.
-            height, width: in pixels, multiples of the autoencoder's factor; by default the model's own.
+            image: picture, or one for each prompt, to begin from (`pipelines.image`): it is noised to the level of
+                `strength` and denoised from there (SDEdit, arXiv:2108.01073).
+            strength: share of the steps that are run on `image`, as in diffusers: 1 forgets most of it.
+            height, width: in pixels, multiples of the autoencoder's factor; by default the model's own, or `image`'s.
             steps: of the sampler (diffusers: `num_inference_steps`).
             guidance_scale: of classifier-free guidance, w + 1 in arXiv:2207.12598; 1 or less is none, as in diffusers.
             negative_prompt: what to steer away from, one or as many as prompts; by default the empty caption.
@@ -197,7 +205,8 @@ class TextToImagePipeline:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: expected at least 1")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        height, width = checked_sides(height, width, model.size, model.vae.downscale)
+        if image is None:
+            height, width = checked_sides(height, width, model.size, model.vae.downscale)
         name = sampler or defaults.sampler or sampler_of(model.scheduler)
         if name not in SAMPLERS:
             raise ValueError(f"sampler={name!r}: expected one of {', '.join(SAMPLERS)}")
@@ -218,6 +227,10 @@ class TextToImagePipeline:
 
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         negatives = negative_list(negative_prompt, len(prompts), num_images_per_prompt)
+        if image is not None:
+            sigmas = sigmas[first_step(strength, steps) :]
+            image = image_batch(image, len(prompts), num_images_per_prompt, height, width, model.vae.downscale)
+            height, width = image.shape[2:]
         shape = (len(prompts), model.vae.latent_channels, height // model.vae.downscale, width // model.vae.downscale)
         seeds, noise, unit = starting_noise(shape, seed, generator, latents)
         unit = unit.to(self.device, torch.float32)
@@ -225,8 +238,13 @@ class TextToImagePipeline:
         cond, uncond = self._contexts(prompts, negatives, clip_skip)
         denoise = classifier_free(model.denoiser, cond, uncond, scale, rescale=guidance_rescale, interval=interval)
         chosen = SAMPLERS[name]
-        x = unit * chosen.initial_scale(grid, float(sigmas[0]))
-        with tqdm(total=steps, unit="step", leave=False, disable=not self.progress) as bar:
+        if image is None:
+            x = unit * chosen.initial_scale(grid, float(sigmas[0]))
+        else:  # the first draw is the posterior's, the second the noise, as in diffusers
+            posterior = model.vae.encode(image.to(self.device, self.dtype))
+            x0, unit = (posterior.sample(unit), noise(unit)) if latents is None else (posterior.mode, unit)
+            x = x0 + sigmas[0].to(x0) * unit
+        with tqdm(total=len(sigmas) - 1, unit="step", leave=False, disable=not self.progress) as bar:
 
             def stepped(i: int, sigma: float, x: Tensor, x0: Tensor) -> None:
                 bar.update()
@@ -234,7 +252,7 @@ class TextToImagePipeline:
                     callback(i, sigma, x, x0)
 
             options = sampler_options(model.scheduler, name, eta)
-            with model.unet.reuse_contexts():
+            with model.unet.reuse_contexts() if isinstance(model.unet, UNet) else nullcontext():
                 x = chosen.function(denoise, x, sigmas, noise=noise, callback=stepped, **options)
         if output_type == "latent":
             return Output(x, seeds) if return_dict else (x, None)
@@ -250,6 +268,8 @@ class TextToImagePipeline:
             settings["guidance_interval"] = finite
             skipped = getattr(model.conditioner, "clip_skip", 0) if clip_skip is None else clip_skip
             settings |= {"clip_skip": skipped, "width": width, "height": height}
+            if image is not None:
+                settings["strength"] = strength
             images = [
                 Picture.of(to_pil(image), {"prompt": p, "negative_prompt": n, "seed": s, **settings})
                 for image, p, n, s in zip(decoded, prompts, negatives, seeds or itertools.repeat(None), strict=False)

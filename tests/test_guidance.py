@@ -6,7 +6,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import nn
 
 from ldm.denoiser import Denoiser
-from ldm.guidance import classifier_free
+from ldm.guidance import classifier_free, classifier_guided
 from ldm.schedule import RectifiedFlow, VariancePreserving
 
 VP = VariancePreserving.scaled_linear()
@@ -126,3 +126,54 @@ def test_bad_calls_say_what_was_got():
         classifier_free(denoiser, COND, UNCOND, 3.0, rescale=1.5)
     with pytest.raises(ValueError, match="low < high"):
         classifier_free(denoiser, COND, UNCOND, 3.0, interval=(8.0, 0.1))
+
+
+# Classifier guidance, on a mixture of two Gaussians whose classes are its parts
+
+MEANS = torch.tensor([[-1.0, 0.5], [1.5, -0.5]], dtype=torch.float64)
+SHARES = torch.tensor([0.3, 0.7], dtype=torch.float64)
+VARIANCE = 0.2
+
+
+def log_parts(x, sigma):
+    """log p(y, x; sigma) [B, 2], but for a constant."""
+    away = (x[:, None, :, 0, 0] - MEANS).square().sum(2)
+    return SHARES.log() - away / (2 * (VARIANCE + sigma**2))
+
+
+def denoise_part(x, sigma, part):
+    mean = MEANS[part].view(1, 2, 1, 1)
+    return mean + VARIANCE / (VARIANCE + sigma**2) * (x - mean)
+
+
+def denoise_all(x, sigma):
+    share = log_parts(x, sigma).softmax(1)
+    return sum(share[:, k].view(-1, 1, 1, 1) * denoise_part(x, sigma, k) for k in range(2))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 7.0])
+def test_classifier_guidance_is_the_conditional_denoiser(sigma):
+    x = 2 * draw(16, 2, 1, 1, seed=5)
+    for part in range(2):
+
+        def log_probability(place, level, part=part):
+            return log_parts(place, level).log_softmax(1)[:, part]
+
+        with torch.inference_mode():  # as the pipeline calls it
+            guided = classifier_guided(denoise_all, log_probability)(x, sigma)
+        torch.testing.assert_close(guided, denoise_part(x, sigma, part))
+        levels = torch.full((16,), sigma, dtype=torch.float64)
+        by_row = classifier_guided(
+            lambda x, s: denoise_all(x, sigma), lambda place, s, part=part: log_probability(place, sigma, part)
+        )
+        torch.testing.assert_close(by_row(x, levels), guided)
+        unguided = classifier_guided(denoise_all, log_probability, scale=0.0)(x, sigma)
+        torch.testing.assert_close(unguided, denoise_all(x, sigma))
+
+
+def test_classifier_guidance_at_other_scales_adds_so_much_of_the_gradient():
+    """Ho & Salimans (2022), section 3: it is classifier-free guidance with scale 1 + w, where both are exact."""
+    x, sigma, scale = 2 * draw(16, 2, 1, 1, seed=6), 0.8, 3.5
+    guided = classifier_guided(denoise_all, lambda p, s: log_parts(p, s).log_softmax(1)[:, 0], scale)(x, sigma)
+    expected = denoise_all(x, sigma) + scale * (denoise_part(x, sigma, 0) - denoise_all(x, sigma))
+    torch.testing.assert_close(guided, expected)

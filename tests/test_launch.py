@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines import TextToImagePipeline
-from train.ldm import PRESETS, main
+from train.ldm import main
+from train.presets import PRESETS
 from train.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -23,7 +23,9 @@ from pipelines import TextToImagePipeline
 from pipelines.folder import load_model
 from train.cache import Latents, Texts
 from train.config import parse
-from train.ldm import PRESETS, SMALL, Config, draw_batch, main, settled
+from train.ldm import draw_batch, main
+from train.presets import PRESETS
+from train.settings import SMALL, Config, settled
 from train.state import checkpoints
 from train.watch import validate
 

@@ -1,26 +1,24 @@
 """The model that a run trains: one that exists, or a new U-Net between an existing autoencoder and text encoder."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
+from conditioning.clip import ClipText
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
 from ldm.blocks import ResnetBlock
+from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from ldm.transformer import PictureTransformer
 from ldm.unet import UNet, UNetConfig
 from pipelines.files import load_autoencoder, newest
 from pipelines.folder import Defaults, Model, find_model, load_conditioner, load_model, scheduler_config
+from train.settings import Config
 from train.sources import first_captions, open_source
 from vae.autoencoder import Autoencoder, Identity
-
-if TYPE_CHECKING:
-    from train.ldm import Config
 
 
 def build(config: Config) -> Model:
@@ -33,13 +31,14 @@ def build(config: Config) -> Model:
             data=config.data,
             size=config.size or model.defaults.size,
             steps=config.steps or model.defaults.steps,
+            sampler=config.sampler or model.defaults.sampler,
             guidance_scale=_or(config.guidance_scale, model.defaults.guidance_scale),
             guidance_interval=config.guidance_interval or model.defaults.guidance_interval,
         )
         return model
     vae: Autoencoder | Identity
-    if config.vae == "none":
-        vae = Identity()
+    if config.vae in ("none", "grey"):
+        vae = Identity(3 if config.vae == "none" else 1)
     else:
         vae = load_autoencoder(find_model(None) if config.vae == "bundled" else Path(config.vae))
     conditioner: Labels | Unconditional
@@ -51,35 +50,50 @@ def build(config: Config) -> Model:
         where = None if config.text_encoder == "bundled" else config.text_encoder
         folder = find_model(None) if where is None else newest(Path(where))
         conditioner = load_conditioner(folder, {})  # type: ignore[assignment]
-    tower = getattr(conditioner, "tower", None)
+    tower: ClipText | None = getattr(conditioner, "tower", None)
     own = 32 if isinstance(vae, Identity) else vae.config.sample_size
     size = config.size or (own if isinstance(own, int) else max(own))
-    unet = replace(
-        config.unet if tower else without_text(config.unet),
-        in_channels=vae.latent_channels,
-        out_channels=vae.latent_channels,
-        sample_size=size // vae.downscale,
-        cross_attention_dim=tower.config.hidden_size if tower else config.unet.cross_attention_dim,
-        num_class_embeds=getattr(conditioner, "num_embeddings", None),
-    )
+    classes = getattr(conditioner, "num_embeddings", None)
+    text = tower.config.hidden_size if tower else None
+    unet = fitted(config.unet, vae.latent_channels, size // vae.downscale, classes, text)
     defaults = Defaults(
         steps=config.steps or 20,
         guidance_scale=_or(config.guidance_scale, 3.0),
         guidance_interval=config.guidance_interval,
-        sampler="dpmpp_2m",
+        sampler=config.sampler or "dpmpp_2m",
         caption_dropout=config.caption_dropout,
         data=config.data,
         size=size,
     )
     torch.manual_seed(config.seed)
-    scheduler = scheduler_config(config.path, config.prediction, zero_snr=config.zero_snr)
+    scheduler = scheduler_config(config.path, config.prediction, sigma_data=config.sigma_data, zero_snr=config.zero_snr)
     return Model(new_unet(unet), vae, conditioner, scheduler, defaults)
 
 
+def fitted(
+    unet: UNetConfig | PixelUNetConfig, channels: int, side: int, classes: int | None, text: int | None
+) -> UNetConfig | PixelUNetConfig:
+    """The network with the channels of the latents, the classes (and their null) or the width of the text that it is
+    to be told."""
+    ends: dict[str, Any] = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "sample_size": side,
+        "num_class_embeds": classes,
+    }
+    if isinstance(unet, UNetConfig):
+        return replace(unet, cross_attention_dim=text, **ends) if text else replace(without_text(unet), **ends)
+    if text:
+        raise ValueError("this U-Net is told of classes or nothing: give --text-encoder labels or none, or another one")
+    return replace(unet, **ends)
+
+
 @torch.no_grad()
-def new_unet(config: UNetConfig) -> UNet:
+def new_unet(config: UNetConfig | PixelUNetConfig) -> UNet | PixelUNet:
     """New weights, with branches that begin at zero (Dhariwal & Nichol, 2021, as their code has it): the shortcuts
     carry the picture through from the first update on."""
+    if isinstance(config, PixelUNetConfig):
+        return PixelUNet(config)
     unet = UNet(config)
     for module in unet.modules():
         if isinstance(module, ResnetBlock):

@@ -26,4 +26,5 @@ def parse(kind: type[Settings], presets: Mapping[str, Settings], *, default: str
     if name not in presets:
         raise ValueError(f"--preset {name!r}: expected one of {', '.join(presets)}")
     description = f"Presets, chosen by --preset (now {name}): {', '.join(presets)}."
-    return tyro.cli(kind, args=arguments, default=presets[name], description=description)
+    kept = (tyro.conf.AvoidSubcommands,)  # a preset's U-Net is the kind whose fields are flags
+    return tyro.cli(kind, args=arguments, default=presets[name], description=description, config=kept)

@@ -91,7 +91,7 @@ def evaluate(
         seconds = (time.perf_counter() - began) / len(asked)
         found = [nearest(image, row, objects, font) for image, row in zip(images, rows, strict=True)]
         misses = [f"{row.style} {row.object} -> {f}" for row, f in zip(rows, found, strict=True) if f != row.object]
-        said = [a if f == row.object else f"✗ {a} ({f})" for a, f, row in zip(asked, found, rows, strict=True)]
+        said = [a if f == row.object else f"wrong ({f}): {a}" for a, f, row in zip(asked, found, rows, strict=True)]
         grid(images, said, columns=10).save(out / f"{split}.png")
         result[split] = {"prompts": count, "right": 1 - len(misses) / count, "misses": misses}
         result[split]["seconds_per_picture"] = seconds

@@ -66,3 +66,8 @@ def memory_format(accelerator: Accelerator) -> torch.memory_format:
     """
     slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     return torch.contiguous_format if slow else torch.channels_last
+
+
+def autocast_type(accelerator: Accelerator) -> torch.dtype:
+    """bfloat16 where that is what the run computes in, else float32: fp16's range is too small for sums."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32

@@ -8,9 +8,9 @@ same command goes on where its last checkpoint stands, and one process or severa
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 if not __package__:  # as a script, this folder is first on the path, where this very file would hide the package ldm
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,103 +22,20 @@ from tqdm import tqdm
 
 from conditioning.labels import Labels
 from ldm.loss import denoising_loss, training_noise, training_weight
-from ldm.unet import UNetConfig
+from ldm.unet import UNet
 from pipelines.files import read_weights
 from pipelines.folder import save_model
 from train.build import build
 from train.cache import Latents, Texts, cache_latents
 from train.config import parse
 from train.data import batch_indices, generator, permutation
-from train.launch import MixedPrecision, memory_format, start
+from train.launch import autocast_type, memory_format, start
 from train.muon import BETAS, Muon
+from train.presets import PRESETS, check_model_settings
+from train.settings import Config, settled
 from train.sources import describe, open_source
 from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
 from train.watch import paint_grid, rehearse, sample_prompts, validate
-
-SMALL = UNetConfig(
-    block_out_channels=(64, 128),
-    layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    attention_head_dim=4,
-    norm_num_groups=16,
-)
-BUNDLED = replace(SMALL, block_out_channels=(96, 176), norm_num_groups=8)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Settings of one training run."""
-
-    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms" or "pictograms:all"; several joined by +
-    output: Path = Path("runs/shapes")  # checkpoints, sample grids and logs
-    model: str = ""  # model to fine-tune: folder, hub id or "bundled"; "" trains a new U-Net
-    unet: UNetConfig = SMALL  # the U-Net to train from nothing; its channels follow the autoencoder and the encoder
-    vae: str = "bundled"  # autoencoder of a new model: folder, "bundled", or "none" for pixels
-    text_encoder: str = "bundled"  # conditioning of a new model: model folder, "bundled", "labels" or "none"
-    path: Literal["scaled_linear", "linear", "cosine", "flow", "edm"] = "scaled_linear"
-    prediction: Literal["epsilon", "sample", "v", "velocity", "edm"] = "v"
-    zero_snr: bool = False  # rescale the betas to end in pure noise
-    noise: Literal["uniform", "log_normal", "logit_normal"] = "log_normal"  # distribution of training noise
-    noise_mean: float | None = None  # of log(sigma), not for uniform; None: 0.4, or the paper's for logit_normal, 0
-    noise_std: float | None = None  # likewise; None: 1.4, or the paper's for logit_normal, 1
-    weight: Literal["plain", "min_snr", "edm", "x0", "elbo"] = "plain"
-    min_snr_gamma: float = 5.0  # largest weight of "min_snr"
-    min_snr_floor: float = 0.0  # smallest; above 0 for a path that ends in pure noise
-    caption_dropout: float = 0.1  # share of captions replaced by the null context, for classifier-free guidance
-    size: int | None = None  # side of the pictures in pixels; None: what model or autoencoder were trained on
-    views: int = 1  # how often each drawn pictogram is drawn, each time a little differently
-    updates: int = 1200  # optimizer updates in all
-    batch_size: int = 32  # pictures in one step of one process
-    accumulate: int = 1  # steps in one update
-    optimizer: Literal["muon", "adamw"] = "muon"  # Muon moves the matrices, AdamW the rest or all
-    learning_rate: float = 1e-3
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: int = 100  # updates of linear warm-up
-    weight_decay: float = 0.0
-    ema_decay: float = 0.995
-    clip: float = 1.0  # largest norm of the gradient
-    mixed_precision: MixedPrecision | None = None  # None: what the launcher was told
-    compile: bool = False  # torch.compile the U-Net
-    gradient_checkpointing: bool = False  # less memory, a third more arithmetic
-    seed: int = 0
-    checkpoint_every: int = 400  # updates; also how often validation runs and a sample grid is painted
-    prompts: tuple[str, ...] = ()  # of the sample grid; by default some of the data's own
-    steps: int | None = None  # of the sampler, the model's default from now on; None: 20, or what it was before
-    guidance_scale: float | None = None  # likewise; None: 3, or what it was before
-    guidance_interval: tuple[float, float] | None = None  # likewise, noise levels; None: all, or what it was before
-    workers: int = 2  # processes that read pictures
-    cache: Path = Path("cache")  # latents
-    font: str | None = None  # the colour emoji font's file, for pictograms
-
-    def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "accumulate", "checkpoint_every", "steps", "views"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"--size is {self.size}: expected at least 1")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"--caption-dropout is {self.caption_dropout}: expected a share from 0 to below 1")
-
-
-PRESETS = {
-    # First steps: captioned shapes, about 7 minutes on 2 cores.
-    "shapes": Config(),
-    # Taken when --model is given: a gentle rate, a few hundred updates.
-    "fine-tune": Config(output=Path("runs/fine-tuned"), updates=400, batch_size=16, learning_rate=1e-4, warmup=20),
-    # The bundled model's U-Net: 29 minutes at 82 pictures a second; its card has the score.
-    "bundled": Config(
-        data="pictograms",
-        output=Path("runs/bundled"),
-        unet=BUNDLED,
-        updates=2200,
-        batch_size=64,
-        warmup=150,
-        ema_decay=0.998,
-        checkpoint_every=200,
-        mixed_precision="bf16",
-    ),
-}
 
 
 @dataclass
@@ -149,24 +66,6 @@ def draw_batch(
     posterior_noise, noise = torch.stack(draws, dim=1).to(device)
     x0 = latents.posterior(indices, device).sample(posterior_noise)
     return Batch(x0, captions, noise, torch.stack(u).to(device))
-
-
-def check_model_settings(config: Config) -> None:
-    """Refuses settings of a new model beside --model, which brings its own."""
-    fixed = ("unet", "vae", "text_encoder", "path", "prediction", "zero_snr")
-    known = [Config(), *PRESETS.values()]
-    changed = [n for n in fixed if all(getattr(config, n) != getattr(preset, n) for preset in known)]
-    if config.model and changed:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        raise ValueError(f"--model {config.model} brings its own {names}: leave out --model, or these")
-
-
-def settled(config: Config, precision: str) -> Config:
-    """The settings with what was left to the launcher and to the kind of noise filled in, as they are recorded."""
-    mean, std = config.noise_mean, config.noise_std
-    if config.noise == "log_normal":
-        mean, std = 0.4 if mean is None else mean, 1.4 if std is None else std
-    return replace(config, noise_mean=mean, noise_std=std, mixed_precision=precision)  # type: ignore[arg-type]
 
 
 def main(config: Config) -> Path:
@@ -202,7 +101,8 @@ def main(config: Config) -> Path:
     prompts = sample_prompts(config, model, latents)
 
     unet.train().requires_grad_(True)
-    unet.gradient_checkpointing = config.gradient_checkpointing
+    if isinstance(unet, UNet):
+        unet.gradient_checkpointing = config.gradient_checkpointing
     noise_levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
     floor, gamma = config.min_snr_floor, config.min_snr_gamma
     weight = training_weight(config.weight, model.denoiser, noise_levels, gamma=gamma, floor=floor)
@@ -210,7 +110,7 @@ def main(config: Config) -> Path:
     ema = EMA(unet, config.ema_decay)
     optimizer: torch.optim.Optimizer
     if config.optimizer == "muon":
-        optimizer = Muon(unet, config.learning_rate, config.weight_decay)
+        optimizer = Muon(unet, config.learning_rate, config.weight_decay, autocast_type(accelerator))
     else:
         rate, decay = config.learning_rate, config.weight_decay
         optimizer = torch.optim.AdamW(unet.parameters(), rate, betas=BETAS, weight_decay=decay, fused=True)

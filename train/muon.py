@@ -26,7 +26,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the largest singular value is below this norm
     for _ in range(NEWTON_SCHULZ_STEPS):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        square = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, square, x, beta=a)
     return x.mT if tall else x
 
 
@@ -36,9 +37,14 @@ class Muon(torch.optim.Optimizer):
     AdamW moves the rest: biases, norms, embeddings and the layers that touch pixels or latents (`conv_in`,
     `conv_out`), as the authors advise. Steps are scaled to the size of AdamW's (J. Liu et al., "Muon is scalable for
     LLM training", 2025, eq. 4), so that one learning rate and one weight decay serve both.
+
+    dtype: in which matrices are orthogonalized; bfloat16 is enough and, where it is native, three times as fast.
     """
 
-    def __init__(self, network: nn.Module, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, network: nn.Module, lr: float, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.dtype = dtype
         hidden = {
             module.weight: None
             for name, module in network.named_modules()
@@ -68,7 +74,7 @@ class Muon(torch.optim.Optimizer):
             momenta = self._remembered("momentum", same)
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-            update = orthogonalize(torch.stack(ahead).flatten(2))
+            update = orthogonalize(torch.stack(ahead).flatten(2).to(self.dtype)).to(same[0].dtype)
             length = 0.2 * max(update.shape[1:]) ** 0.5
             torch._foreach_add_(same, list(update.unflatten(2, shape[1:])), alpha=-group["lr"] * length)
 

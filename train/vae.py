@@ -25,7 +25,7 @@ from pipelines.picture import to_pil
 from train.config import parse
 from train.data import batch_indices, generator, permutation, read_pictures, to_unit
 from train.grid import grid
-from train.launch import MixedPrecision, memory_format, start
+from train.launch import MixedPrecision, autocast_type, memory_format, start
 from train.muon import Muon
 from train.sources import describe, open_source
 from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
@@ -206,7 +206,7 @@ def main(config: Config) -> Path:
     parameters = sum(p.numel() for p in vae.parameters())
     accelerator.print(f"autoencoder: {parameters / 1e6:.2f} M parameters, {config.updates} updates")
     ema = EMA(vae, config.ema_decay)
-    optimizer = Muon(vae, lr=config.learning_rate)
+    optimizer = Muon(vae, lr=config.learning_rate, dtype=autocast_type(accelerator))
     judge = PatchDiscriminator(width=config.discriminator_width).to(accelerator.device)
     judge_optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, betas=(0.5, 0.9), fused=True)
     perceptual = load_perceptual().to(accelerator.device) if config.loss.perceptual else None

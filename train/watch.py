@@ -1,10 +1,7 @@
 """What a person watches while a model trains: errors by noise level, painted prompts, and a rehearsal before it all."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,10 +13,8 @@ from pipelines.text_to_image import TextToImagePipeline
 from train.cache import Latents, Texts
 from train.data import generator, permutation
 from train.grid import grid
+from train.settings import Config
 from train.state import save_checkpoint
-
-if TYPE_CHECKING:
-    from train.ldm import Config
 
 
 @torch.no_grad()

@@ -300,7 +300,10 @@ class Autoencoder(Network):
 
 
 class Identity(nn.Module):
-    """The autoencoder of diffusion in pixel space: latents are the pictures, with no variance."""
+    """The autoencoder of diffusion in pixel space: latents are the pictures, with no variance.
+
+    With 1 channel they are grey: of a coloured picture the mean over its colours, and a grey one has three equal ones.
+    """
 
     downscale = 1
 
@@ -309,12 +312,15 @@ class Identity(nn.Module):
         self.latent_channels = channels
 
     def encode(self, images: Tensor) -> Posterior:
-        """images: [B, channels, H, W] -> a posterior that is the picture itself."""
+        """images: [B, 3, H, W], or [B, channels, H, W] -> a posterior that is the picture itself."""
+        if self.latent_channels == 1 and images.ndim == 4 and images.shape[1] == 3:
+            images = images.mean(1, keepdim=True)
         _check_sides(images, self.latent_channels, 1)
         return Posterior(images, torch.full_like(images, -math.inf))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents
+        """latents: [B, channels, H, W] -> [B, 3, H, W] where they are grey, else the same."""
+        return latents.expand(-1, 3, -1, -1) if self.latent_channels == 1 else latents
 
 
 def _check_sides(images: Tensor, channels: int, downscale: int) -> None:

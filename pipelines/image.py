@@ -1,0 +1,59 @@
+"""The pictures that a call begins from: any of the types that a call returns, as one batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def image_batch(
+    image: Any, pictures: int, per_prompt: int, height: int | None, width: int | None, factor: int
+) -> Tensor:
+    """[pictures, 3, height, width] in [-1, 1].
+
+    image: a PIL picture or a list of them, or what `output_type` "pt" and "np" are: [N, 3, H, W] or [N, H, W, 3] in
+    [0, 1], N optional. One for all prompts, or one for each. Resized to height × width, by default to its own sides cut
+    to multiples of `factor`.
+
+    Raises ValueError for another type, another number of pictures, or several sizes without height and width.
+    """
+    batch = [part for one in (image if isinstance(image, list | tuple) else [image]) for part in _tensors(one)]
+    prompts = pictures // per_prompt
+    if len(batch) not in (1, prompts):
+        raise ValueError(f"image: got {len(batch)} pictures for {prompts} prompts, expected one, or as many")
+    sides = {tuple(one.shape[1:]) for one in batch}
+    if len(sides) > 1 and (height is None or width is None):
+        raise ValueError(f"image: got pictures of several sizes {sorted(sides)}: give height and width")
+    own = sides.pop()
+    size = [side if side is not None else o - o % factor for side, o in zip((height, width), own, strict=True)]
+    if any(side < factor or side % factor for side in size):
+        raise ValueError(f"height × width = {size[0]} × {size[1]}: expected multiples of {factor}")
+    resized = [_resized(one, size) for one in batch]
+    rows = resized * prompts if len(resized) == 1 else resized
+    return torch.stack([one for one in rows for _ in range(per_prompt)])
+
+
+def _tensors(image: Any) -> Sequence[Tensor]:
+    """Pictures as [3, H, W] in [-1, 1]."""
+    if isinstance(image, Image.Image):
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        return [pixels.permute(2, 0, 1).float() / 127.5 - 1]
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3:
+        image = torch.from_numpy(image).movedim(-1, -3)
+    if not isinstance(image, Tensor) or image.ndim not in (3, 4) or image.shape[-3] != 3:
+        got = tuple(image.shape) if hasattr(image, "shape") else type(image).__name__
+        raise ValueError(f"image: got {got}, expected PIL pictures, or numbers [N, 3, H, W] or [N, H, W, 3] in [0, 1]")
+    if not image.is_floating_point() or image.min() < 0 or image.max() > 1:
+        raise ValueError("image: expected numbers in [0, 1], as output_type 'pt' and 'np' give them")
+    return list((image.float() * 2 - 1).cpu().view(-1, *image.shape[-3:]))
+
+
+def _resized(image: Tensor, size: list[int]) -> Tensor:
+    if list(image.shape[1:]) == size:
+        return image
+    wider = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+    return wider.clamp(-1, 1)
