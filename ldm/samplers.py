@@ -1,6 +1,7 @@
 """Samplers: from noise to x_0 by a denoiser, each a plain function to hold beside its paper.
 
-All share one call, `sampler(denoise, x, sigmas, *, noise=None, callback=None, ...) -> x at sigmas[-1]`:
+Here are the one-step samplers and the table of all; the others are in `ldm.multistep` and `ldm.langevin`. All share one
+call, `sampler(denoise, x, sigmas, *, noise=None, callback=None, ...) -> x at sigmas[-1]`:
 
     denoise: (x, sigma) -> estimate of x_0; sigma is one number.
     x: [B, C, H, W], x_0 + sigmas[0] * eps: in practice unit-normal latents times `Sampler.initial_scale`.
@@ -15,17 +16,20 @@ Call them under `torch.no_grad()`, unless you want gradients through the whole r
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Denoise
+from ldm.denoiser import Denoise, epsilon_from
+from ldm.forward import large_variance, posterior_variance
+from ldm.langevin import langevin, predictor_corrector
+from ldm.multistep import dpmpp_2m, dpmpp_2m_sde, lms, plms, unipc
 from ldm.schedule import RAMPS, SIGMA_INFINITY, Grid, NoiseSchedule, RectifiedFlow
+from ldm.steps import Callback, Noise, drawn, step_and_spread, steps_of
 
-Noise = Callable[[Tensor], Tensor]
-Callback = Callable[[int, float, Tensor, Tensor], None]
+LogVariance = Callable[[Tensor, float], Tensor]  # (x, sigma) -> v like x, as `ddpm` takes it
 
 
 def ddim(
@@ -39,11 +43,11 @@ def ddim(
 ) -> Tensor:
     """DDIM (arXiv:2010.02502, equations 12 and 16): eta 0 is deterministic, eta 1 is ancestral sampling."""
 
-    def spread(sigma: float, lower: float) -> tuple[float, float]:
-        up = eta * _posterior(sigma, lower)
+    def spread(x: Tensor, sigma: float, lower: float) -> tuple[float, float]:
+        up = eta * math.sqrt(posterior_variance(sigma, lower))
         return math.sqrt(max(lower**2 - up**2, 0.0)), up
 
-    return _step_and_spread(denoise, x, sigmas, spread, noise, callback)
+    return step_and_spread(denoise, x, sigmas, spread, noise, callback)
 
 
 def euler(
@@ -75,7 +79,7 @@ def ddpm(
     x: Tensor,
     sigmas: Tensor | Sequence[float],
     *,
-    variance: str = "small",
+    variance: str | LogVariance = "small",
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -83,18 +87,23 @@ def ddpm(
 
     Args:
         variance: of the noise that a step adds. "small", the posterior's beta-tilde, is exact where the data is one
-            point; "large", beta, where it is N(0, I). In between the error shrinks with the steps.
+            point; "large", beta, where it is N(0, I). In between the error shrinks with the steps. Or a learned one
+            (arXiv:2102.09672, equation 15): a function to v, where the log-variance lies between the small one (0) and
+            the large one (1), like x. It is called right after `denoise`, with the same x and sigma, so that both can
+            share one run of the network.
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f"variance of ddpm should be small or large, got {variance!r}")
+    if not callable(variance) and variance not in ("small", "large"):
+        raise ValueError(f"variance of ddpm should be small or large, or a function; got {variance!r}")
 
-    def spread(sigma: float, lower: float) -> tuple[float, float]:
-        up = _posterior(sigma, lower)
-        if variance == "large" and lower > 0:
-            up = math.sqrt((1 + lower**2) * (sigma**2 - lower**2) / (1 + sigma**2))
-        return lower**2 / sigma, up
+    def spread(x: Tensor, sigma: float, lower: float) -> tuple[float, Tensor | float]:
+        if lower in (0, sigma):
+            return lower, 0.0
+        small, large = math.sqrt(posterior_variance(sigma, lower)), math.sqrt(large_variance(sigma, lower))
+        if callable(variance):
+            return lower**2 / sigma, small * (large / small) ** variance(x, sigma)
+        return lower**2 / sigma, small if variance == "small" else large
 
-    return _step_and_spread(denoise, x, sigmas, spread, noise, callback)
+    return step_and_spread(denoise, x, sigmas, spread, noise, callback)
 
 
 @dataclass(frozen=True)
@@ -128,10 +137,10 @@ def heun(
     (sigma - lower) / (2 lower), which ends or blows up there.
     """
     steps = len(sigmas) - 1
-    for i, sigma, lower in _steps(sigmas):
+    for i, sigma, lower in steps_of(sigmas):
         if churn and churn.s_tmin <= sigma <= churn.s_tmax and churn.s_churn > 0:
             raised = sigma * (1 + min(churn.s_churn / steps, math.sqrt(2) - 1))
-            x = x + math.sqrt(raised**2 - sigma**2) * churn.s_noise * _drawn(noise, x)
+            x = x + math.sqrt(raised**2 - sigma**2) * churn.s_noise * drawn(noise, x)
             sigma = raised
         x0 = denoise(x, sigma)
         if callback:
@@ -145,31 +154,44 @@ def heun(
     return x
 
 
-def dpmpp_2m(
+def invert(
     denoise: Denoise,
     x: Tensor,
     sigmas: Tensor | Sequence[float],
     *,
-    noise: Noise | None = None,
+    order: int = 1,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2). Order 2 from one evaluation a step. Draws no noise.
+    """Encoding: up the probability flow, to the noise that the deterministic samplers turn back into x.
 
-    The first step, having no step before it, is an Euler step; so are the last one to 0, and, as in diffusers, the
-    last of a run of less than 15 steps.
+    Order 1 is DDIM's inversion (arXiv:2010.02502, section 4.3), Euler's method, order 2 Heun's, with two evaluations a
+    step. The step from 0, where the flow's slope has no quotient, is an Euler step along the slope at its upper end.
+
+    Args:
+        x: [B, C, H, W], x_0 where sigmas[0] is 0.
+        sigmas: [steps + 1], increasing: those of sampling, flipped.
+        callback: as in all samplers; at level 0 the estimate is that of the level above.
+
+    Returns:
+        x at sigmas[-1]; unit-normal latents are that over `Sampler.initial_scale`.
     """
-    steps = len(sigmas) - 1
-    x0_before, h_before = x, 0.0
-    for i, sigma, lower in _steps(sigmas):
-        x0 = denoise(x, sigma)
+    levels = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(sigma) for sigma in sigmas]
+    rises = len(levels) > 1 and all(lower < upper for lower, upper in itertools.pairwise(levels))
+    if not rises or not levels[0] >= 0 or not levels[-1] < math.inf:
+        raise ValueError(f"sigmas should be at least two and increase from 0 or above to a finite level; got {levels}")
+    if order not in (1, 2):
+        raise ValueError(f"order of invert should be 1 (Euler) or 2 (Heun), got {order}")
+    for i, (sigma, upper) in enumerate(itertools.pairwise(levels)):
+        level = sigma or upper
+        x0 = denoise(x, level)
         if callback:
             callback(i, sigma, x, x0)
-        h = math.log(sigma / lower) if lower > 0 else math.inf
-        first_order = i == 0 or (i == steps - 1 and (lower == 0 or steps < 15))
-        # Second order: D extrapolated to half of the step ahead, in log sigma.
-        target = x0 if first_order else x0 + h / (2 * h_before) * (x0 - x0_before)
-        x = target + lower / sigma * (x - target)
-        x0_before, h_before = x0, h
+        slope = epsilon_from(x, x0, level)
+        ahead = x + (upper - sigma) * slope
+        if order == 2 and sigma > 0:
+            slope_ahead = epsilon_from(ahead, denoise(ahead, upper), upper)
+            ahead = x + (upper - sigma) * (slope + slope_ahead) / 2
+        x = ahead
     return x
 
 
@@ -184,8 +206,8 @@ def picture_noise(generators: Sequence[torch.Generator]) -> Noise:
     def noise(x: Tensor) -> Tensor:
         if len(x) != len(generators):
             raise ValueError(f"{len(generators)} generators for {len(x)} pictures: give one to each")
-        drawn = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=torch.float32) for g in generators]
-        return torch.stack([picture.to(x.device, x.dtype) for picture in drawn])
+        pictures = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=torch.float32) for g in generators]
+        return torch.stack([picture.to(x.device, x.dtype) for picture in pictures])
 
     return noise
 
@@ -218,8 +240,8 @@ class Sampler:
 
         The default is the scheduler's own on a table of betas, but "trailing" instead of "leading" where the table
         ends in pure noise, which leading steps never visit (arXiv:2305.08891, section 3.3). On the flow t is spaced
-        evenly, from 1 to 1/1000 as in FlowMatchEulerDiscreteScheduler, for DPM++ to 1/steps as with its
-        use_flow_sigmas. For EDM it is Karras.
+        evenly, from 1 to 1/1000 as in FlowMatchEulerDiscreteScheduler, for DPM++ and UniPC to 1/steps as with their
+        use_flow_sigmas. For EDM it is Karras. A sampler whose own grid is a ramp takes that everywhere.
 
         Args:
             spacing, offset, final: as in Grid; a model folder's scheduler config may name them.
@@ -227,10 +249,10 @@ class Sampler:
         """
         if spacing in RAMPS:
             spacing, ramp = None, spacing
+        grid, own_ramp = self.grid, self.grid.spacing in RAMPS
         if schedule.entries == 0:
-            return Grid(ramp or spacing or "karras", final=final or "zero")
-        grid = self.grid
-        if isinstance(schedule, RectifiedFlow):
+            return Grid(ramp or spacing or (grid.spacing if own_ramp else "karras"), final=final or "zero")
+        if isinstance(schedule, RectifiedFlow) and not own_ramp:
             grid = Grid("trailing") if grid.extra else Grid("linspace", whole=False)
         if schedule.clamped and grid.spacing == "leading":
             grid = replace(grid, spacing="trailing")
@@ -263,45 +285,11 @@ SAMPLERS = {
     "euler_ancestral": Sampler(euler_ancestral, Grid("linspace", whole=False), euler_family=True),
     "heun": Sampler(heun, Grid("linspace", whole=False), euler_family=True),
     "dpmpp_2m": Sampler(dpmpp_2m, Grid("linspace", extra=1)),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, Grid("linspace", extra=1)),
+    "unipc": Sampler(unipc, Grid("linspace", extra=1)),
+    "lms": Sampler(lms, Grid("linspace", whole=False), euler_family=True),
+    "plms": Sampler(plms, Grid("leading", final="sigma_min")),
+    # Their papers' geometric levels, whatever the schedule.
+    "langevin": Sampler(langevin, Grid("exponential")),
+    "predictor_corrector": Sampler(predictor_corrector, Grid("exponential")),
 }
-
-
-def _step_and_spread(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    spread: Callable[[float, float], tuple[float, float]],
-    noise: Noise | None,
-    callback: Callback | None,
-) -> Tensor:
-    """Each step goes down the probability flow to one level and adds noise of another: spread(sigma, lower) is both."""
-    for i, sigma, lower in _steps(sigmas):
-        x0 = denoise(x, sigma)
-        if callback:
-            callback(i, sigma, x, x0)
-        down, up = spread(sigma, lower)
-        x = x0 + down / sigma * (x - x0)
-        if up > 0:
-            x = x + up * _drawn(noise, x)
-    return x
-
-
-def _posterior(sigma: float, lower: float) -> float:
-    """Standard deviation of x at the lower level, given x at sigma and x_0 (arXiv:2006.11239, equation 7)."""
-    return lower * math.sqrt(max(1 - (lower / sigma) ** 2, 0.0))
-
-
-def _steps(sigmas: Tensor | Sequence[float]) -> Iterator[tuple[int, float, float]]:
-    """(step, its noise level, the next one), as numbers: the arithmetic of levels is in double precision."""
-    levels = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(sigma) for sigma in sigmas]
-    falls = len(levels) > 1 and all(upper > lower > 0 for upper, lower in itertools.pairwise(levels[:-1]))
-    if not falls or not math.inf > levels[0] or not levels[-2] >= levels[-1] >= 0 or levels[-2] == 0:
-        raise ValueError(f"sigmas should be at least two and decrease from a finite level to 0 or above; got {levels}")
-    for i in range(len(levels) - 1):
-        yield i, levels[i], levels[i + 1]
-
-
-def _drawn(noise: Noise | None, x: Tensor) -> Tensor:
-    if noise is None:
-        raise ValueError("this sampler draws noise: give noise=, for instance picture_noise(generators)")
-    return noise(x)

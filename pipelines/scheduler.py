@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.samplers import SAMPLERS
-from ldm.schedule import Grid, NoiseSchedule
+from ldm.schedule import RAMPS, Grid, NoiseSchedule
 
 # The sampler that a folder's scheduler stands for; any other class gets FALLBACK, and a warning.
 SCHEDULER_SAMPLERS = {
@@ -14,7 +14,10 @@ SCHEDULER_SAMPLERS = {
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",  # dpmpp_2m_sde with its algorithm_type
+    "UniPCMultistepScheduler": "unipc",
+    "LMSDiscreteScheduler": "lms",
+    "PNDMScheduler": "plms",
     "Atelier": "heun",
 }
 FALLBACK = "dpmpp_2m"
@@ -41,7 +44,7 @@ _OWN: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "sigma_max": ((None,), "the table's own is taken"),
     },
     "DPMSolverMultistepScheduler": {
-        "algorithm_type": (("dpmsolver++",), "dpmsolver++ is taken"),
+        "algorithm_type": (("dpmsolver++", "sde-dpmsolver++"), "dpmsolver++ is taken"),
         "solver_order": ((2,), "order 2 is taken"),
         "solver_type": (("midpoint",), "midpoint is taken"),
         "lower_order_final": ((True,), "the last of fewer than 15 steps is of order 1"),
@@ -49,12 +52,35 @@ _OWN: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "lambda_min_clipped": ((float("-inf"), "-Infinity", "-inf", None), "no level is clipped"),
         "variance_type": ((None,), "the network's variance is not used"),
     },
+    "UniPCMultistepScheduler": {
+        "solver_order": ((1, 2, 3), "order 2 is taken"),
+        "solver_type": (("bh2",), "bh2 is taken"),
+        "predict_x0": ((True,), "estimates of x_0 are extrapolated"),
+        "lower_order_final": ((True,), "the last steps are of lower order"),
+        "disable_corrector": (([],), "every step is corrected"),
+        "solver_p": ((None,), "the predictor is UniPC's own"),
+        "sigma_min": ((None,), "the table's own is taken"),
+        "sigma_max": ((None,), "the table's own is taken"),
+    },
+    "PNDMScheduler": {
+        "skip_prk_steps": ((True,), "Runge-Kutta steps are skipped, and the first step is one of Heun's"),
+        "prediction_type": (("epsilon",), "epsilon is extrapolated, as in the paper, not what the network puts out"),
+    },
+}
+# Keys that, missing, mean to diffusers what is not implemented.
+_MISSING: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {"clip_sample": True},
+    "DDPMScheduler": {"clip_sample": True},
+    "PNDMScheduler": {"skip_prk_steps": False},
 }
 
 
 def sampler_of(config: Mapping[str, Any]) -> str:
     """The sampler that stands for the scheduler of a config."""
-    return SCHEDULER_SAMPLERS.get(config.get("_class_name", ""), FALLBACK)
+    name = config.get("_class_name", "")
+    if name == "DPMSolverMultistepScheduler" and config.get("algorithm_type") == "sde-dpmsolver++":
+        return "dpmpp_2m_sde"
+    return SCHEDULER_SAMPLERS.get(name, FALLBACK)
 
 
 def warn_of_differences(config: Mapping[str, Any]) -> None:
@@ -66,25 +92,29 @@ def warn_of_differences(config: Mapping[str, Any]) -> None:
     found = []
     if name not in SCHEDULER_SAMPLERS:
         found.append(f"_class_name={name!r}: the sampler is {FALLBACK}")
-    for key, (implemented, instead) in (_ANY | _OWN.get(name, {})).items():
+    known = _ANY | _OWN.get(name, {})
+    for key, (implemented, instead) in known.items():
         if key in config and config[key] not in implemented:
             found.append(f"{key}={config[key]!r}: {instead}")
-    if name in ("DDIMScheduler", "DDPMScheduler") and "clip_sample" not in config:
-        found.append(f"clip_sample is missing, which is True to diffusers: {_ANY['clip_sample'][1]}")
+    for key, meaning in _MISSING.get(name, {}).items():
+        if key not in config:
+            found.append(f"{key} is missing, which is {meaning} to diffusers: {known[key][1]}")
     if found:
         warnings.warn(f"not implemented in the model's scheduler config: {'; '.join(found)}", stacklevel=3)
 
 
 def grid_of(config: Mapping[str, Any], schedule: NoiseSchedule, sampler: str, spacing: str | None = None) -> Grid:
     """A sampler's steps as diffusers' scheduler of its name would space them, given this config."""
-    final = config.get("final_sigmas_type") if sampler in ("dpmpp_2m", "euler") else None
-    if sampler == "ddim" and "set_alpha_to_one" in config:
+    own_ramp = SAMPLERS[sampler].grid.spacing in RAMPS  # no scheduler of diffusers: its grid stays as it is
+    final = config.get("final_sigmas_type") if sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler") else None
+    if sampler in ("ddim", "plms") and "set_alpha_to_one" in config:
         final = "zero" if config["set_alpha_to_one"] else "sigma_min"
     ramps = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
-    ramp = next((r for key, r in ramps.items() if config.get(key) and sampler not in ("ddim", "ddpm")), None)
+    rampless = own_ramp or sampler in ("ddim", "ddpm", "plms")
+    ramp = next((r for key, r in ramps.items() if config.get(key) and not rampless), None)
     return SAMPLERS[sampler].grid_for(
         schedule,
-        spacing=spacing or config.get("timestep_spacing"),
+        spacing=spacing or (None if own_ramp else config.get("timestep_spacing")),
         offset=None if "path" in config else 1,  # StableDiffusionPipeline sets 1 whatever the config says
         final=final if final in ("zero", "sigma_min") else None,
         ramp=None if spacing else ramp,
@@ -100,4 +130,7 @@ def sampler_options(config: Mapping[str, Any], sampler: str, eta: float) -> dict
         return {"eta": eta}
     if sampler == "ddpm" and config.get("variance_type") == "fixed_large":
         return {"variance": "large"}
+    if sampler == "unipc" and config.get("_class_name") == "UniPCMultistepScheduler":
+        order = config.get("solver_order")
+        return {"order": order} if order in (1, 2, 3) else {}
     return {}

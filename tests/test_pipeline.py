@@ -14,8 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conditioning.open_clip import OpenClipEncoder
+from ldm.schedule import Grid, VariancePreserving
 from pipelines import TextToImagePipeline
 from pipelines.folder import load_model, save_model
+from pipelines.scheduler import grid_of, sampler_options
 from tests.conftest import tiny_model
 
 PROMPTS = ["a red circle on a blue background", "an oil painting of a fox"]
@@ -41,6 +43,9 @@ def pixels(image: Image.Image) -> np.ndarray:
         ("euler", "EulerDiscreteScheduler", {}),
         ("heun", "HeunDiscreteScheduler", {}),
         ("ddpm", "DDPMScheduler", {"variance_type": "fixed_small"}),
+        ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("unipc", "UniPCMultistepScheduler", {}),
+        ("lms", "LMSDiscreteScheduler", {}),
         ("euler", "EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
         ("ddim", "DDIMScheduler", {"timestep_spacing": "leading", "steps_offset": 0}),  # the pipeline makes it 1
     ],
@@ -71,6 +76,12 @@ def test_diffusers_opens_the_folder_and_paints_the_same(
     assert np.std([pixels(image) for image in got.images]) > 1.0  # not one flat grey, which would agree by itself
 
 
+def test_a_folder_with_the_first_stable_diffusions_scheduler_paints_the_same_by_plms(tmp_path: Path) -> None:
+    """Of epsilon, as they are: from v diffusers extrapolates what the network puts out, against the paper."""
+    options = {"skip_prk_steps": True, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+    test_diffusers_opens_the_folder_and_paints_the_same(tmp_path, "plms", "PNDMScheduler", options, "epsilon")
+
+
 def test_save_and_load_give_the_same_picture(pipe: TextToImagePipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "copy")
     again = TextToImagePipeline.from_pretrained(tmp_path / "copy", device="cpu")
@@ -92,8 +103,15 @@ def test_flow_model_is_kept_for_atelier_and_refused_to_diffusers(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
-        ("PNDMScheduler", {"skip_prk_steps": True}, ["_class_name='PNDMScheduler': the sampler is dpmpp_2m"]),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, ["algorithm_type='sde-dpmsolver++'"]),
+        ("DEISMultistepScheduler", {}, ["_class_name='DEISMultistepScheduler': the sampler is dpmpp_2m"]),
+        ("PNDMScheduler", {"skip_prk_steps": False, "prediction_type": "v_prediction"}, ["Heun's", "epsilon is extra"]),
+        ("PNDMScheduler", {}, ["skip_prk_steps is missing, which is False to diffusers"]),
+        (
+            "UniPCMultistepScheduler",
+            {"solver_order": 5, "disable_corrector": [0]},
+            ["order=5", "r=[0]: every"],
+        ),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver"}, ["algorithm_type='sde-dpmsolver'"]),
         ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun"}, ["solver_order=3", "type='heun'"]),
         ("EulerDiscreteScheduler", {"use_beta_sigmas": True, "final_sigmas_type": "x"}, ["use_beta_sigmas", "at zero"]),
         ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True, "use_flow_sigmas": True}, ["lu_lambdas", "flow"]),
@@ -121,6 +139,25 @@ def test_what_a_scheduler_config_asks_for_in_vain_is_said_once(
     assert len(pipe(PROMPTS[0], steps=2).images) == 1  # and paints by any sampler
 
 
+def test_what_a_scheduler_config_says_reaches_the_sampler() -> None:
+    schedule = VariancePreserving.scaled_linear()
+    for to_one, final in ((True, "zero"), (False, "sigma_min")):
+        for sampler in ("ddim", "plms"):
+            assert grid_of({"set_alpha_to_one": to_one}, schedule, sampler).final == final
+    assert grid_of({}, schedule, "plms").final == "sigma_min"
+    spaced = {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min", "use_karras_sigmas": True}
+    for sampler in ("langevin", "predictor_corrector"):  # whose levels no scheduler of diffusers spaces
+        assert grid_of(spaced, schedule, sampler) == Grid("exponential", offset=1)
+        assert grid_of(spaced, schedule, sampler, "karras").spacing == "karras"
+    for sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc"):
+        assert grid_of(spaced, schedule, sampler) == Grid("karras", offset=1, final="sigma_min", extra=1)
+    assert grid_of(spaced, schedule, "plms").spacing == "trailing"  # it knows no ramps
+    config = {"_class_name": "UniPCMultistepScheduler", "solver_order": 3}
+    assert sampler_options(config, "unipc", 0.0) == {"order": 3}
+    assert sampler_options(config | {"solver_order": 5}, "unipc", 0.0) == {}
+    assert sampler_options(config, "dpmpp_2m", 0.0) == {}
+
+
 def test_the_large_variance_of_ddpm_is_the_folders_choice(model_folder: Path) -> None:
     model = load_model(model_folder)
     call = {"sampler": "ddpm", "seed": 1, "output_type": "latent"}
@@ -132,12 +169,25 @@ def test_the_large_variance_of_ddpm_is_the_folders_choice(model_folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["DDPM", "DDIM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep"],
+    ("name", "options", "sampler"),
+    [
+        ("DDPM", {}, "ddpm"),
+        ("DDIM", {}, "ddim"),
+        ("EulerDiscrete", {}, "euler"),
+        ("EulerAncestralDiscrete", {}, "euler_ancestral"),
+        ("HeunDiscrete", {}, "heun"),
+        ("DPMSolverMultistep", {}, "dpmpp_2m"),
+        ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ("UniPCMultistep", {"solver_order": 3}, "unipc"),
+        ("LMSDiscrete", {}, "lms"),
+        ("PNDM", {"skip_prk_steps": True}, "plms"),
+    ],
 )
-def test_complete_scheduler_configs_give_no_warning(tmp_path: Path, name: str) -> None:
+def test_complete_scheduler_configs_choose_their_sampler_and_give_no_warning(
+    tmp_path: Path, name: str, options: dict, sampler: str
+) -> None:
     diffusers = pytest.importorskip("diffusers")
-    made = getattr(diffusers, f"{name}Scheduler")(beta_schedule="scaled_linear", steps_offset=1)
+    made = getattr(diffusers, f"{name}Scheduler")(beta_schedule="scaled_linear", steps_offset=1, **options)
     if "clip_sample" in made.config:
         made.register_to_config(clip_sample=False)
     model = tiny_model()
@@ -145,7 +195,11 @@ def test_complete_scheduler_configs_give_no_warning(tmp_path: Path, name: str) -
     save_model(model, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_model(tmp_path)
+        pipe = TextToImagePipeline.from_pretrained(tmp_path, device="cpu")
+    call = {"seed": 1, "steps": 4, "output_type": "latent"}
+    assert torch.equal(pipe(PROMPTS[0], **call).images, pipe(PROMPTS[0], sampler=sampler, **call).images)
+    other = "ddim" if sampler == "dpmpp_2m" else "dpmpp_2m"
+    assert not torch.equal(pipe(PROMPTS[0], **call).images, pipe(PROMPTS[0], sampler=other, **call).images)
 
 
 def test_seed_gives_the_same_picture_alone_and_in_a_batch(pipe: TextToImagePipeline) -> None:

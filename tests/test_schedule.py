@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 
 from ldm.samplers import SAMPLERS
@@ -33,8 +36,12 @@ SCHEDULERS = {
     "euler_ancestral": EulerAncestralDiscreteScheduler,
     "heun": HeunDiscreteScheduler,
     "dpmpp_2m": DPMSolverMultistepScheduler,
+    "dpmpp_2m_sde": partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++"),
+    "unipc": UniPCMultistepScheduler,
+    "lms": LMSDiscreteScheduler,
 }
-WHOLE = ("ddpm", "ddim", "dpmpp_2m")  # these step on whole rows only
+WHOLE = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc")  # these step on whole rows only
+GEOMETRIC = ("langevin", "predictor_corrector")  # on every path
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -178,7 +185,7 @@ def test_default_grids_are_the_defaults_of_the_scheduler_of_the_name(name):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("ramp", ["karras", "exponential"])
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["euler", "heun", "lms", "dpmpp_2m", "unipc"])
 def test_ramps_are_those_of_diffusers(name, ramp, spacing):
     theirs = SCHEDULERS[name](
         **SD, timestep_spacing=spacing, steps_offset=1, use_karras_sigmas=ramp == "karras",
@@ -192,9 +199,9 @@ def test_ramps_are_those_of_diffusers(name, ramp, spacing):
     ours = step_grid(schedule, 20, SAMPLERS[name].grid_for(schedule, spacing=spacing, offset=1, ramp=ramp))
     torch.testing.assert_close(ours.float(), sigmas, rtol=3e-6, atol=0)
     timesteps = theirs.timesteps[::2] if name == "heun" else theirs.timesteps
-    # DPM++ rounds its Karras clock to whole rows (and cuts its exponential one); ours stays between them.
+    # DPM++ and UniPC round their Karras clock to whole rows (and cut their exponential one); ours stays between them.
     torch.testing.assert_close(
-        schedule.timestep(ours[:-1]), timesteps.double(), rtol=0, atol=1.001 if name == "dpmpp_2m" else 2e-3
+        schedule.timestep(ours[:-1]), timesteps.double(), rtol=0, atol=1.001 if name in WHOLE else 2e-3
     )
 
 
@@ -218,7 +225,7 @@ def test_the_grids_the_design_names():
 def test_flow_grid_is_flow_match_euler(steps):
     theirs = FlowMatchEulerDiscreteScheduler(shift=1.0)
     theirs.set_timesteps(steps)
-    for sampler in (sampler for name, sampler in SAMPLERS.items() if name != "dpmpp_2m"):
+    for sampler in (sampler for name, sampler in SAMPLERS.items() if name not in GEOMETRIC and not sampler.grid.extra):
         ours = step_grid(RectifiedFlow(), steps, sampler.grid_for(RectifiedFlow()))
         assert ours[0] == SIGMA_INFINITY
         torch.testing.assert_close(RectifiedFlow().timestep(ours).float(), theirs.sigmas, rtol=0, atol=2.5e-4)
@@ -247,6 +254,11 @@ def test_grids_on_schedules_that_end_in_pure_noise():
     schedule = TABLES["zero_terminal"]
     for sampler in SAMPLERS.values():  # a default grid visits the end that the rescaling is for
         assert step_grid(schedule, 20, sampler.grid_for(schedule))[0] == SIGMA_INFINITY
+    for name in GEOMETRIC:
+        for path in (schedule, TABLES["linear"], RectifiedFlow(), EDM(1.0)):
+            ours = step_grid(path, 20, SAMPLERS[name].grid_for(path))
+            torch.testing.assert_close(ours, step_grid(path, 20, "exponential"))
+            assert SAMPLERS[name].grid_for(path, ramp="karras").spacing == "karras"
     for path in (schedule, RectifiedFlow(), VariancePreserving.cosine()):
         karras = step_grid(path, 10, "karras")
         assert karras[0] == path.sigma_max
@@ -268,7 +280,9 @@ def test_grids_decrease(schedule, name):
             sigmas = step_grid(schedule, steps, SAMPLERS[name].grid_for(schedule, ramp=ramp))
             assert sigmas.dtype == torch.float64
             assert len(sigmas) == steps + 1
-            assert bool((sigmas.diff() < 0).all())
+            falls = sigmas.diff() < 0
+            assert bool(falls[:-1].all())
+            assert bool(falls[-1]) or (name == "plms" and sigmas[-1] == sigmas[-2] == schedule.sigma_min)
 
 
 def test_bad_grids_say_what_to_do():
