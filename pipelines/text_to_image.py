@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from conditioning.clip import ClipTextEncoder
-from conditioning.context import Context
+from conditioning.context import Context, Unconditional
 from conditioning.text import TextEncoder
 from ldm.guidance import classifier_free
 from ldm.samplers import SAMPLERS
@@ -205,8 +205,6 @@ class TextToImagePipeline:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: expected at least 1")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        if image is None:
-            height, width = checked_sides(height, width, model.size, model.vae.downscale)
         name = sampler or defaults.sampler or sampler_of(model.scheduler)
         if name not in SAMPLERS:
             raise ValueError(f"sampler={name!r}: expected one of {', '.join(SAMPLERS)}")
@@ -215,6 +213,8 @@ class TextToImagePipeline:
         grid = grid_of(model.scheduler, model.schedule, name, spacing)
         sigmas = step_grid(model.schedule, steps, grid)
         scale = max(1.0, defaults.guidance_scale if guidance_scale is None else guidance_scale)
+        if isinstance(model.conditioner, Unconditional):
+            scale = 1.0  # there is nothing to guide away from
         interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
         if interval is not None and interval[0] <= 0 and interval[1] == math.inf:
             interval = None
@@ -227,11 +227,13 @@ class TextToImagePipeline:
 
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         negatives = negative_list(negative_prompt, len(prompts), num_images_per_prompt)
+        factor = model.vae.downscale
         if image is not None:
             sigmas = sigmas[first_step(strength, steps) :]
-            image = image_batch(image, len(prompts), num_images_per_prompt, height, width, model.vae.downscale)
+            image = image_batch(image, len(prompts), num_images_per_prompt, height, width, factor)
             height, width = image.shape[2:]
-        shape = (len(prompts), model.vae.latent_channels, height // model.vae.downscale, width // model.vae.downscale)
+        height, width = checked_sides(height, width, model.size, factor)
+        shape = (len(prompts), model.vae.latent_channels, height // factor, width // factor)
         seeds, noise, unit = starting_noise(shape, seed, generator, latents)
         unit = unit.to(self.device, torch.float32)
 
@@ -257,10 +259,11 @@ class TextToImagePipeline:
         if output_type == "latent":
             return Output(x, seeds) if return_dict else (x, None)
         decoded = model.vae.decode(x)
-        images: Any = (decoded.float().clamp(-1, 1).cpu() + 1) / 2
-        if output_type == "np":
-            images = images.permute(0, 2, 3, 1).numpy()
-        elif output_type == "pil":
+        images: Any
+        if output_type in ("np", "pt"):
+            images = (decoded.float().clamp(-1, 1).cpu() + 1) / 2
+            images = images.permute(0, 2, 3, 1).numpy() if output_type == "np" else images
+        else:
             settings: dict[str, Any] = {"model": self.source, "dtype": str(self.dtype).removeprefix("torch.")}
             settings |= {"steps": steps, "sampler": name, "spacing": grid.spacing, "eta": eta}
             settings |= {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
@@ -270,9 +273,10 @@ class TextToImagePipeline:
             settings |= {"clip_skip": skipped, "width": width, "height": height}
             if image is not None:
                 settings["strength"] = strength
+            rows = zip(decoded.cpu(), prompts, negatives, seeds or itertools.repeat(None), strict=False)
             images = [
-                Picture.of(to_pil(image), {"prompt": p, "negative_prompt": n, "seed": s, **settings})
-                for image, p, n, s in zip(decoded, prompts, negatives, seeds or itertools.repeat(None), strict=False)
+                Picture.of(to_pil(pixels), {"prompt": p, "negative_prompt": n, "seed": s, **settings})
+                for pixels, p, n, s in rows
             ]
         return Output(images, seeds) if return_dict else (images, None)
 

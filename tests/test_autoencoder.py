@@ -244,8 +244,17 @@ def test_identity_is_the_pixel_space():
     assert torch.equal(identity.decode(posterior.mode), images)
     assert (identity.downscale, identity.latent_channels) == (1, 3)
     assert Identity(channels=1).encode(images[:, :1]).mean.shape == (2, 1, 5, 7)
+    with pytest.raises(ValueError, match="3, H, W"):
+        identity.encode(images[:, :2])
+
+
+def test_identity_of_grey_pictures():
+    grey, coloured = torch.rand(2, 1, 5, 7).expand(-1, 3, -1, -1), torch.rand(2, 3, 5, 7)
+    identity = Identity(channels=1)
+    assert identity.encode(coloured).mean.equal(coloured.mean(1, keepdim=True))
+    torch.testing.assert_close(identity.decode(identity.encode(grey).mode), grey)
     with pytest.raises(ValueError, match="1, H, W"):
-        Identity(channels=1).encode(images)
+        identity.encode(coloured[:, :2])
 
 
 def test_memory_format_is_kept():

@@ -21,11 +21,13 @@ from ldm.schedule import VariancePreserving
 from ldm.unet import UNetConfig
 from pipelines import TextToImagePipeline
 from pipelines.folder import load_model
+from train.build import fitted, new_unet
 from train.cache import Latents, Texts
 from train.config import parse
 from train.ldm import draw_batch, main
 from train.presets import PRESETS
 from train.settings import SMALL, Config, settled
+from train.sources import first_captions, open_source
 from train.state import checkpoints
 from train.watch import validate
 
@@ -106,7 +108,7 @@ def trained(pixels: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 output=output,
                 updates=300,
                 batch_size=16,
-                learning_rate=4e-3,
+                learning_rate=8e-3,
                 warmup=10,
                 ema_decay=0.98,
                 prompts=(),
@@ -243,7 +245,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     before = (checkpoints(again)[-1] / "training" / "state.pt").stat().st_mtime_ns
     main(replace(config, output=tmp_path / "killed"))
     assert (checkpoints(again)[-1] / "training" / "state.pt").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"learning_rate: 0.001 before, 0.5 now"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.002 before, 0.5 now"):
         main(replace(config, output=tmp_path / "killed", learning_rate=0.5))
     assert state(main(replace(config, output=tmp_path / "killed", updates=7)))["update"] == 7
 
@@ -254,9 +256,9 @@ def test_accumulated_steps_are_one_batch(latents: Config, tmp_path: Path) -> Non
         (size, parts): main(replace(config, output=tmp_path / f"{size}x{parts}", batch_size=size, accumulate=parts))
         for size, parts in ((8, 1), (4, 2), (4, 1))
     }
-    # After one update AdamW's first moment is the gradient, times 1 - 0.9.
+    # After one update the momentum, AdamW's or Muon's, is the gradient times a constant.
     moments = {
-        key: torch.cat([s["exp_avg"].flatten() for s in state(run)["optimizer"]["state"].values()])
+        key: torch.cat([s.get("momentum", s.get("mean")).flatten() for s in state(run)["optimizer"]["state"].values()])
         for key, run in runs.items()
     }
     scale = moments[8, 1].abs().max()
@@ -575,3 +577,41 @@ def test_flags_replace_what_the_preset_says(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(SystemExit) as stopped:
         command("--update 3 --optimiser lion")
     assert stopped.value.code not in (0, None)
+
+
+# New networks
+
+
+@pytest.mark.parametrize("conditioning", ["text", "labels", "none"])
+def test_a_new_unet_puts_out_zero(conditioning: str) -> None:
+    config = fitted(UNET, 4, 8, 3 if conditioning == "labels" else None, 32 if conditioning == "text" else None)
+    unet = new_unet(config)
+    context = {"encoder_hidden_states": torch.randn(2, 5, 32)} if conditioning == "text" else {}
+    context |= {"class_labels": torch.tensor([0, 2])} if conditioning == "labels" else {}
+    x = torch.randn(2, 4, 8, 8)
+    assert unet(x, 10.0, **context).abs().max() == 0
+    for block in unet.mid_block.resnets:
+        h = torch.randn(2, 32, 4, 4)
+        assert block(h, torch.randn(2, 64)).equal(h)
+    for attention in unet.mid_block.attentions:
+        assert attention(h, unet._context(context.get("encoder_hidden_states"), None, h.dtype)).equal(h)
+    loss = (unet(x, 10.0, **context) - 1).square().mean()
+    loss.backward()
+    assert unet.conv_out.weight.grad.abs().max() > 0  # zeros, but not dead
+
+
+def test_the_labels_of_joined_sets_are_those_of_each(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "shapes").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "shapes" / "one.png")
+    (tmp_path / "shapes" / "one.txt").write_text("a dot")
+    (tmp_path / "shapes" / "two.png").write_bytes(b"broken")  # is not decoded for its caption
+    (tmp_path / "shapes" / "two.txt").write_text("a line")
+    joined = first_captions(open_source(f"{pictures}+{tmp_path / 'shapes'}", 8))
+    assert joined == {f"a {colour} square" for colour in COLOURS} | {"a dot", "a line"}
+
+
+def test_validation_of_pictures_of_one_value_is_a_number(pixels: Config, tmp_path: Path) -> None:
+    for i in range(3):
+        Image.new("RGB", (8, 8), "white").save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("white")
+    assert state(main(replace(pixels, data=str(tmp_path), output=tmp_path / "run")))["update"] == 2

@@ -1,6 +1,7 @@
 """Training the autoencoder: it learns, latents are normalised, the adversary joins late, and a kill is harmless."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipelines.files import load_autoencoder
 from train.data import read_pictures, to_unit
 from train.sources import open_source
 from train.state import checkpoints
-from train.vae import TINY, Config, crops, main, normalise_latents, reconstruct
+from train.vae import TINY, Config, crops, main, new_autoencoder, normalise_latents, reconstruct
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 from vae.losses import LossWeights
 
@@ -299,3 +300,12 @@ def test_the_size_of_the_pictures_is_noted(trained: tuple[Path, list[dict]]) -> 
 def test_settings_are_kept_with_the_checkpoint(trained: tuple[Path, list[dict]]) -> None:
     saved = json.loads((checkpoints(trained[0])[-1] / "training" / "config.json").read_text())
     assert (saved["updates"], saved["crop"], saved["loss"]["kl"]) == (200, 16, LossWeights().kl)
+
+
+def test_the_branches_of_a_new_autoencoder_begin_at_zero() -> None:
+    vae = new_autoencoder(replace(TINY, mid_block_add_attention=True))
+    h = torch.randn(2, 32, 4, 4)
+    for middle in (vae.encoder.mid_block, vae.decoder.mid_block):
+        assert middle(h).equal(h)
+    posterior = vae.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+    assert (posterior.logvar / 2).exp().mean().item() == pytest.approx(vae.scale * math.exp(-3), rel=0.1)

@@ -10,7 +10,7 @@ from torch import nn
 from conditioning.clip import ClipText
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
-from ldm.blocks import ResnetBlock
+from ldm.blocks import ImageAttention, ResnetBlock
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from ldm.transformer import PictureTransformer
 from ldm.unet import UNet, UNetConfig
@@ -90,18 +90,31 @@ def fitted(
 
 @torch.no_grad()
 def new_unet(config: UNetConfig | PixelUNetConfig) -> UNet | PixelUNet:
-    """New weights, with branches that begin at zero (Dhariwal & Nichol, 2021, as their code has it): the shortcuts
-    carry the picture through from the first update on."""
+    """New weights, with which the network puts out zero."""
     if isinstance(config, PixelUNetConfig):
         return PixelUNet(config)
     unet = UNet(config)
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock):
-            nn.init.zeros_(module.conv2.weight)
-        elif isinstance(module, PictureTransformer):
-            nn.init.zeros_(module.proj_out.weight)
-    nn.init.zeros_(unet.conv_out.weight)
+    begin_at_zero(unet)
+    _zero(unet.conv_out)
     return unet
+
+
+@torch.no_grad()
+def begin_at_zero(network: nn.Module) -> None:
+    """Sets the last layer of each residual branch to zero, so that the shortcuts carry everything at first (Dhariwal &
+    Nichol, 2021; `zero_module` in their code)."""
+    for module in network.modules():
+        if isinstance(module, ResnetBlock):
+            _zero(module.conv2)
+        elif isinstance(module, PictureTransformer):
+            _zero(module.proj_out)
+        elif isinstance(module, ImageAttention):
+            _zero(module.to_out[0])
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _or(value: float | None, otherwise: float) -> float:

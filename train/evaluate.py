@@ -77,12 +77,13 @@ def evaluate(
     trained_on = pipe.model.defaults.data
     if not trained_on.startswith("pictograms"):
         raise ValueError(f"this model was trained on {trained_on or 'unknown data'}; only pictograms can be judged")
-    everything = trained_on.endswith(":all")
+    everything = trained_on.split("+")[0] == "pictograms:all"
     objects = tuple(name for name, thing in things().items() if everything or thing.everyday)
     out.mkdir(parents=True, exist_ok=True)
     result: dict = {"model": str(model), "objects": len(objects), "seed": seed, "judge": "nearest in 32×32 pixels"}
     for split, count in (("train", prompts), ("held_out", prompts // 2)):
         rows = draw_rows(split, count, objects, seed, font)
+        count = len(rows)  # fewer where the split has no more
         asked = [captions(*row[:3])[0] for row in rows]
         images: list[Image.Image] = []
         began = time.perf_counter()

@@ -284,6 +284,8 @@ def first_captions(source: Source) -> set[str]:
     if isinstance(source, ParquetSource):
         groups = ([text] if isinstance(text, str) else text or [] for text in source.rows[source.text_column])
         return {captions[0] for group in groups if (captions := _captions(group))}
+    if isinstance(source, Joined):
+        return set().union(*map(first_captions, source.parts))
     return {source[i].captions[0] for i in range(len(source))}
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.blocks import ResnetBlock
 from pipelines.files import load_autoencoder, save_network
 from pipelines.picture import to_pil
+from train.build import begin_at_zero
 from train.config import parse
 from train.data import batch_indices, generator, permutation, read_pictures, to_unit
 from train.grid import grid
@@ -81,7 +81,7 @@ class Config:
     font: str | None = None  # the colour emoji font's file, for pictograms
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "crop", "size", "checkpoint_every"):
+        for name in ("updates", "batch_size", "crop", "size", "views", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
         if self.crop > self.size:
@@ -92,7 +92,8 @@ class Config:
 
 PRESETS = {
     "shapes": Config(),
-    # The bundled model's: 3.1 M parameters, all pictures seen whole; 28 minutes at 45 a second, 23.9 dB.
+    # The bundled model's: 3.1 M parameters, all pictures seen whole; in two processes (--batch-size 16) 31 minutes at
+    # 52 a second, 35.3 dB on 64 pictures, 31.5 dB on fresh pictograms.
     "bundled": Config(
         data="pictograms+shapes",
         output=Path("runs/bundled-vae"),
@@ -134,9 +135,7 @@ def new_autoencoder(model: AutoencoderConfig) -> Autoencoder:
     hundreds of updates would pass before a colour comes through.
     """
     vae = Autoencoder(model)
-    for module in vae.modules():
-        if isinstance(module, ResnetBlock):
-            nn.init.zeros_(module.conv2.weight)
+    begin_at_zero(vae)
     last = vae.quant_conv or vae.encoder.conv_out
     last.bias[model.latent_channels :] = -6.0  # type: ignore[index]
     return vae

@@ -34,7 +34,7 @@ def validate(
             level = torch.full((len(part),), sigma, device=device)
             error = denoising_loss(denoiser, x0[rows], context, level, noise[rows], torch.ones_like)
             errors[sigma] += float(error.sum())
-    return {f"validation/sigma {sigma}": e / len(x0) / float(x0.var()) for sigma, e in errors.items()}
+    return {f"validation/sigma {sigma}": e / len(x0) / max(float(x0.var()), 1e-12) for sigma, e in errors.items()}
 
 
 def paint_grid(model: Model, config: Config, prompts: list[str], file: Path, steps: int | None = None) -> None:
