@@ -39,8 +39,16 @@ WIDE = PixelUNetConfig(
 WITHOUT_ATTENTION = PixelUNetConfig(attention_heads=(0, 0, 0))
 
 PRESETS = {
-    # First steps: captioned shapes, about 7 minutes on 2 cores.
-    "shapes": Config(),
+    # First steps: captioned shapes, 4 min 44 s on 2 cores. Colours, grounds and places are right by then, the shapes
+    # themselves hardly.
+    "shapes": Config(
+        unet=replace(SMALL, block_out_channels=(48, 96)),
+        updates=650,
+        batch_size=64,
+        learning_rate=3e-3,
+        ema_decay=0.99,
+        checkpoint_every=325,
+    ),
     # Taken when --model is given: a gentle rate, a few hundred updates.
     "fine-tune": Config(
         output=Path("runs/fine-tuned"), updates=400, batch_size=16, optimizer="adamw", learning_rate=1e-4, warmup=20
