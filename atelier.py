@@ -35,7 +35,7 @@ class Paint:
     negative: str | None = None
     """What to steer away from."""
     sampler: str | None = None
-    """ddpm, ddim, euler, euler_ancestral, heun or dpmpp_2m."""
+    """ddim, euler, heun, dpmpp_2m, unipc or another of `ldm.samplers.SAMPLERS`; the model's own by default."""
     image: Path | None = None
     """A picture to begin from, instead of noise alone."""
     strength: float = 0.8

@@ -1,8 +1,8 @@
 """The U-Net for small pictures in pixel space, told the noise and the class by its normalisations.
 
 Residual blocks under conditional batch (or group) normalisation, self-attention where wished, average pooling on the
-way down, nearest neighbours and a 3×3 convolution on the way up: the network of the lecture on EDM that
-docs/equations.md names, at half the price of a text U-Net. It has a layout of its own, which diffusers does not know.
+way down, nearest neighbours and a 3×3 convolution on the way up: the network of S. Nguyen, "Diffusion model"
+(lecture, 2023). It has a layout of its own, which diffusers does not know.
 """
 
 import math

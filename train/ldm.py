@@ -1,8 +1,9 @@
 """Trains or fine-tunes a text-to-image model:  accelerate launch train/ldm.py --data my_pictures/
 
-Reads top to bottom: settings, presets, then one loop. Every random draw of the loop is a function of (seed, update,
-position in the global batch) and the order of the pictures one of (seed, epoch): a run that is started again with the
-same command goes on where its last checkpoint stands, and one process or several see the same batches.
+Reads top to bottom; the settings are in `train.settings`, where to start from in `train.presets`. Every random draw of
+the loop is a function of (seed, update, position in the global batch) and the order of the pictures one of (seed,
+epoch): a run that is started again with the same command goes on where its last checkpoint stands, and one process or
+several see the same batches.
 """
 
 import os

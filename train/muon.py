@@ -2,8 +2,8 @@
 
 K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. Gradients of matrices are nearly of
 low rank, so the few directions that they agree on are learnt and the rest hardly move. Muon replaces the momentum by
-the nearest orthogonal matrix. On two cores the autoencoder of the bundled model reaches in 4 minutes what AdamW had
-not reached in 28.
+the nearest orthogonal matrix. After 330 updates of 64 the bundled U-Net's validation error at sigma 1 is 0.237, with
+AdamW 0.283 (rates 2e-3 and 1e-3).
 """
 
 from collections import defaultdict

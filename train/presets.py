@@ -6,8 +6,8 @@ from pathlib import Path
 from ldm.pixel_unet import PixelUNetConfig
 from train.settings import SMALL, Config
 
-# EDM in pixel space (arXiv:2206.00364, table 1), as the lecture on EDM has it (docs/equations.md): its network, its
-# batches of 32, no EMA to speak of, Adam at 1e-4, a fifth of the labels dropped, 50 Euler steps.
+# EDM in pixel space (arXiv:2206.00364, table 1), as S. Nguyen, "Diffusion model" (lecture, 2023), has it: its network,
+# its batches of 32, no EMA, Adam at 1e-4, a fifth of the labels dropped, 50 Euler steps.
 PIXELS = Config(
     vae="none",
     text_encoder="none",
@@ -66,10 +66,10 @@ PRESETS = {
         checkpoint_every=500,
         mixed_precision="bf16",
     ),
-    # Seed 004's models, --data FILE.parquet or FOLDER. What it reports: Fréchet Inception distance to train, validation
-    # and test pictures. An epoch of CIFAR-10 is 1,250 updates of its 40,000 training pictures.
-    # FashionMNIST, 100 epochs, guidance 1: 9.2 / 10.5 / 10.3; without attention 13.9 / 15.1 / 14.7; unconditional
-    # 19.1 / 20.2 / 19.6.
+    # That lecture's models, --data FILE.parquet or FOLDER, and what it reports, not what was reached here: the
+    # Fréchet Inception distance to train, validation and test pictures. An epoch of CIFAR-10 is 1,250 updates of its
+    # 40,000 training pictures. FashionMNIST, 100 epochs, guidance 1: 9.2 / 10.5 / 10.3; without attention 13.9 / 15.1
+    # / 14.7; unconditional 19.1 / 20.2 / 19.6.
     "fashion": replace(LABELS, vae="grey", output=Path("runs/fashion"), updates=150_000, guidance_scale=1.0),
     "fashion-without-attention": replace(
         LABELS,
@@ -91,8 +91,9 @@ PRESETS = {
         guidance_scale=2.5,
     ),
     "cifar10-unconditional": replace(PIXELS, output=Path("runs/cifar10-unconditional"), updates=250_000),
-    # CelebA at 128×128, 125 epochs of 64, 50 stochastic Heun steps: tiny (35 M) 22.1 / 23.2 / 21.9, without attention
-    # 26.7 / 27.7 / 26.4; small (80 M) 17.9 / 19.0 / 18.3; big (81 M) not reported.
+    # CelebA at 128×128, 125 epochs of 64, 50 stochastic Heun steps (deterministic ones by default here): tiny (35 M)
+    # 22.1 / 23.2 / 21.9, without attention 26.7 / 27.7 / 26.4; small (80 M) 17.9 / 19.0 / 18.3; big (81 M) not
+    # reported.
     "celeba-tiny": replace(CELEBA, unet=TINY, output=Path("runs/celeba-tiny"), batch_size=64),
     "celeba-tiny-without-attention": replace(
         CELEBA,
