@@ -18,7 +18,7 @@ from conditioning.text import LongPrompts, TextEncoder
 from conditioning.tokenizer import ClipTokenizer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks and Gimpel 2016, equation 3
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks and Gimpel, 2016
     "gelu": F.gelu,
 }
 PREFIX = "text_model."  # what transformers 4 wrote before every name, and diffusers' clip_skip still expects

@@ -141,7 +141,7 @@ class PixelUNet(Network):
         super().__init__()
         self.config = config
         widths = config.block_out_channels
-        # Random, and kept: Fourier features of log(sigma) / 4 (arXiv:2011.13456, appendix C.1).
+        # Random, and kept: Fourier features of log(sigma) / 4 (arXiv:2011.13456, appendix H.2).
         self.register_buffer("frequencies", torch.randn(config.condition_channels // 2))
         self.class_embedding: nn.Embedding | None = None
         if config.num_class_embeds is not None:

@@ -45,7 +45,7 @@ class Attention(AttentionLayer):
 
 
 class GatedLinear(nn.Module):
-    """value * gelu(gate) of two linear maps (GEGLU; Shazeer, 2020, equation 6)."""
+    """value * gelu(gate) of two linear maps (GEGLU; Shazeer, 2020, equation 5)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()

@@ -98,6 +98,14 @@ def test_captions_of_shapes_are_true() -> None:
     assert kinds == set(KINDS)
 
 
+def test_a_caption_with_its_background_has_one_picture() -> None:
+    source, pictures = Shapes(size=16, count=3000), {}
+    for i in range(len(source)):
+        image, lines, _ = source[i]
+        assert pictures.setdefault(lines[0], image.tobytes()) == image.tobytes(), lines[0]
+    assert len(pictures) < 2500  # many were drawn twice
+
+
 def test_shapes_are_a_function_of_seed_and_index() -> None:
     first, second = Shapes(count=30, seed=1), Shapes(count=300, seed=1)
     for i in (29, 3, 17, 3):

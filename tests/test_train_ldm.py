@@ -25,7 +25,7 @@ from train.build import fitted, new_unet
 from train.cache import Latents, Texts
 from train.config import parse
 from train.ldm import draw_batch, main
-from train.presets import PRESETS
+from train.presets import PRESETS, check_model_settings, preset_for
 from train.settings import SMALL, Config, settled
 from train.sources import first_captions, open_source
 from train.state import checkpoints
@@ -572,11 +572,27 @@ def test_flags_replace_what_the_preset_says(monkeypatch: pytest.MonkeyPatch) -> 
     changed = command("--preset bundled --updates 3 --unet.block-out-channels 32 64 --size 64 --prompts red blue")
     unet = replace(PRESETS["bundled"].unet, block_out_channels=(32, 64))
     assert changed == replace(PRESETS["bundled"], updates=3, unet=unet, size=64, prompts=("red", "blue"))
-    with pytest.raises(ValueError, match=r"--preset 'big': expected one of shapes, fine-tune, bundled"):
+    with pytest.raises(ValueError, match=r"--preset 'big': expected one of shapes, new, fine-tune, bundled"):
         command("--preset big")
     with pytest.raises(SystemExit) as stopped:
         command("--update 3 --optimiser lion")
     assert stopped.value.code not in (0, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("", "shapes"),
+        ("--updates 3", "shapes"),
+        ("--data my_pictures", "new"),
+        ("--data=my_pictures", "new"),
+        ("--data my_pictures --model bundled", "fine-tune"),
+        ("--model=bundled", "fine-tune"),
+    ],
+)
+def test_what_a_run_starts_from(arguments: str, name: str) -> None:
+    assert preset_for(arguments.split()) == name
+    check_model_settings(PRESETS[name])
 
 
 # New networks

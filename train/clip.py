@@ -10,7 +10,6 @@ clip/, for `train.clip_model.load_clip` and `open_clip.create_model("local-dir:.
 """
 
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins while it waits starves the one it waits for
 
 import open_clip
 import torch

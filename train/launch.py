@@ -68,6 +68,10 @@ def memory_format(accelerator: Accelerator) -> torch.memory_format:
     return torch.contiguous_format if slow else torch.channels_last
 
 
-def autocast_type(accelerator: Accelerator) -> torch.dtype:
-    """bfloat16 where that is what the run computes in, else float32: fp16's range is too small for sums."""
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+def matrix_type(accelerator: Accelerator) -> torch.dtype:
+    """In which Muon orthogonalizes: bfloat16, which is enough for it, where the device multiplies that natively."""
+    if accelerator.device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = accelerator.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native or accelerator.mixed_precision == "bf16" else torch.float32

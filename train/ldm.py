@@ -6,7 +6,6 @@ epoch): a run that is started again with the same command goes on where its last
 several see the same batches.
 """
 
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 if not __package__:  # as a script, this folder is first on the path, where this very file would hide the package ldm
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins while it waits starves the one it waits for
 
 import torch
 from torch import Tensor
@@ -30,9 +28,9 @@ from train.build import build
 from train.cache import Latents, Texts, cache_latents
 from train.config import parse
 from train.data import batch_indices, generator, permutation
-from train.launch import autocast_type, memory_format, start
+from train.launch import matrix_type, memory_format, start
 from train.muon import BETAS, Muon
-from train.presets import PRESETS, check_model_settings
+from train.presets import PRESETS, check_model_settings, preset_for
 from train.settings import Config, settled
 from train.sources import describe, open_source
 from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
@@ -111,7 +109,7 @@ def main(config: Config) -> Path:
     ema = EMA(unet, config.ema_decay)
     optimizer: torch.optim.Optimizer
     if config.optimizer == "muon":
-        optimizer = Muon(unet, config.learning_rate, config.weight_decay, autocast_type(accelerator))
+        optimizer = Muon(unet, config.learning_rate, config.weight_decay, matrix_type(accelerator))
     else:
         rate, decay = config.learning_rate, config.weight_decay
         optimizer = torch.optim.AdamW(unet.parameters(), rate, betas=BETAS, weight_decay=decay, fused=True)
@@ -203,8 +201,7 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    fine_tune = any(a == "--model" or a.startswith("--model=") for a in sys.argv)
     try:
-        main(parse(Config, PRESETS, default="fine-tune" if fine_tune else "shapes"))
+        main(parse(Config, PRESETS, default=preset_for(sys.argv)))
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """Shapes: captioned geometric scenes that need no download, for tests and first steps.
 
-One shape of a size, a colour and perhaps a place, or two that stand in a relation; the caption says only what is true
-of the picture.
+One shape of a size, a colour and perhaps a place, or two that stand in a relation. A caption that names the background
+says all: there is one picture of it, so that a sample can be held beside what it should be.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CLOSE = {  # too near to be told apart at a glance: never on nor beside one ano
     )
 }
 KINDS = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
-SIZES = {"small": 0.14, "": 0.23, "large": 0.35}  # name: half the shape's extent, in sides of the picture
+SIZES = {"small": 0.16, "": 0.25, "large": 0.4}  # name: half the shape's extent, in sides of the picture
 PLACES = {  # name: centre (x, y), in sides of the picture
     "at the top left": (0.25, 0.25),
     "at the top right": (0.75, 0.25),
@@ -155,32 +155,29 @@ class Shapes:
         ground = _choice(rng, list(COLOURS))
         kind, other = (KINDS[k] for k in rng.permutation(len(KINDS))[:2])
         colour = _choice(rng, _apart(ground))
-        x, y = rng.uniform(-0.03, 0.03, 2)
         behind = f"on {_a(ground)} background"
         drawn = rng.random()
-        if drawn < 0.45:  # one shape in the middle
+        if drawn < 0.6:  # one shape in the middle
             size = _choice(rng, list(SIZES))
-            shapes = [Shape(kind, colour, size, (0.5 + x, 0.5 + y), SIZES[size] * rng.uniform(0.94, 1.06))]
+            shapes = [Shape(kind, colour, size, (0.5, 0.5), SIZES[size])]
             named = _a(f"{size} {colour} {kind}".strip())
-            lines = [f"{named} {behind}", named, f"{_a(colour)} {kind}"]
-        elif drawn < 0.7:  # one shape in a place
+            lines = [f"{named} {behind}", named]
+        elif drawn < 0.75:  # one shape in a place
             place = _choice(rng, list(PLACES))
             size = _choice(rng, ["small", ""])
-            cx, cy = PLACES[place]
-            radius = SIZES[size] * rng.uniform(0.9, 1)
-            shapes = [Shape(kind, colour, size, (cx + x / 2, cy + y / 2), radius)]
+            shapes = [Shape(kind, colour, size, PLACES[place], 0.95 * SIZES[size])]
             named = _a(f"{size} {colour} {kind}".strip())
-            lines = [f"{named} {place} {behind}", f"{named} {behind}", f"{named} {place}"]
+            lines = [f"{named} {place} {behind}", f"{named} {place}"]
         else:  # two in a relation
             beside = _choice(rng, [name for name in _apart(ground) if name in _apart(colour)])
             relation = _choice(rng, list(RELATIONS))
             dx, dy = RELATIONS[relation]
-            first = Shape(kind, colour, "", (0.5 + 0.24 * dx + x / 2, 0.5 + 0.24 * dy + y / 2), 0.2)
-            second = Shape(other, beside, "", (0.5 - 0.24 * dx + x / 2, 0.5 - 0.24 * dy + y / 2), 0.2)
+            first = Shape(kind, colour, "", (0.5 + 0.25 * dx, 0.5 + 0.25 * dy), 0.22)
+            second = Shape(other, beside, "", (0.5 - 0.25 * dx, 0.5 - 0.25 * dy), 0.22)
             shapes = [first, second]
             named = f"{_a(colour)} {kind} {relation} {_a(beside)} {other}"
             lines = [f"{named} {behind}", named]
-        return ShapeScene(ground, tuple(shapes), tuple(dict.fromkeys(lines)))
+        return ShapeScene(ground, tuple(shapes), tuple(lines))
 
 
 def _choice(rng: np.random.Generator, options: list[str]) -> str:

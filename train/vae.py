@@ -5,7 +5,6 @@ of (seed, update, position in the batch), so the same command goes on exactly wh
 """
 
 import copy
-import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,6 @@ from pathlib import Path
 
 if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins while it waits starves the one it waits for
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +23,7 @@ from train.build import begin_at_zero
 from train.config import parse
 from train.data import batch_indices, generator, permutation, read_pictures, to_unit
 from train.grid import grid
-from train.launch import MixedPrecision, autocast_type, memory_format, start
+from train.launch import MixedPrecision, matrix_type, memory_format, start
 from train.muon import Muon
 from train.sources import describe, open_source
 from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
@@ -205,7 +203,7 @@ def main(config: Config) -> Path:
     parameters = sum(p.numel() for p in vae.parameters())
     accelerator.print(f"autoencoder: {parameters / 1e6:.2f} M parameters, {config.updates} updates")
     ema = EMA(vae, config.ema_decay)
-    optimizer = Muon(vae, lr=config.learning_rate, dtype=autocast_type(accelerator))
+    optimizer = Muon(vae, lr=config.learning_rate, dtype=matrix_type(accelerator))
     judge = PatchDiscriminator(width=config.discriminator_width).to(accelerator.device)
     judge_optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, betas=(0.5, 0.9), fused=True)
     perceptual = load_perceptual().to(accelerator.device) if config.loss.perceptual else None
