@@ -540,7 +540,7 @@ def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
     [
         ({"data": "nowhere"}, "--data 'nowhere' does not exist"),
         ({"model": "nowhere/at/all", "unet": SMALL, "vae": "bundled", "text_encoder": "bundled"}, "not a model folder"),
-        ({"model": "MODEL", "zero_snr": True}, "its own --unet, --vae, --text-encoder, --zero-snr: leave out"),
+        ({"model": "MODEL", "zero_snr": True}, "its own --unet, --vae, --text-encoder, --zero-snr: train a new one"),
         ({"noise": "uniform", "noise_mean": 0.0}, "uniform training noise has no mean"),
         ({"vae": "nowhere"}, "nowhere.*missing"),
         ({"text_encoder": "nowhere"}, "nowhere.*missing"),
