@@ -128,29 +128,70 @@ class Data:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measures a model of pictograms: is each picture closest to its own object?"""
+    """Measures whether pictures are what was asked for: of pictograms by the closest drawing, else by a classifier."""
 
     model: tyro.conf.Positional[str] = "bundled"
     """Model folder, training run or hub id."""
     out: Path = Path("evaluation")
     """Folder for the sheets of samples and the figures."""
     prompts: int = 100
-    """Prompts of training pairs; half as many of held-out pairs."""
+    """Prompts of training pairs, and half as many of held-out pairs; with --judge, of all its classes together."""
+    judge: Path | None = None
+    """A classifier's run (train/classifier.py --preset clean), for models of the classes that it knows."""
     seed: int = 0
     font: str | None = None
     """The colour emoji font's file."""
 
     def run(self) -> None:
+        if self.judge:
+            from train.judge import evaluate_classes
+
+            evaluate_classes(self.model, self.judge, self.out, prompts=self.prompts, seed=self.seed)
+            return
         from train.evaluate import evaluate
 
         evaluate(self.model, self.out, prompts=self.prompts, seed=self.seed, font=self.font)
 
 
-COMMANDS = {"paint": Paint, "data": Data, "evaluate": Evaluate}
+@dataclass(frozen=True)
+class Bits:
+    """Measures what pictures cost under a model, in bits for each value of a pixel: a bound, the lower the better."""
+
+    model: tyro.conf.Positional[str]
+    """Model folder, training run or hub id."""
+    data: str
+    """Pictures that the model has not seen, and their captions: folder, .parquet file, "shapes" or "pictograms"."""
+    method: Literal["elbo", "flow"] = "elbo"
+    """The variational bound over the rows of the beta table; or the probability flow's likelihood, for any path."""
+    count: int = 256
+    """Pictures, drawn at random."""
+    rows: int = 100
+    """Of the beta table, asked for each picture; the rest is estimated from them."""
+    tolerance: float = 1e-3
+    """Of the solver of the flow."""
+    seed: int = 0
+
+    def run(self) -> None:
+        from train.bits import measure_bits
+
+        found = measure_bits(
+            self.model,
+            self.data,
+            method=self.method,
+            count=self.count,
+            rows=self.rows,
+            tolerance=self.tolerance,
+            seed=self.seed,
+        )
+        print("{bits_per_dim:.3f} ± {standard_error:.3f} bits per dimension, {pictures} pictures".format(**found))
+
+
+COMMANDS = {"paint": Paint, "data": Data, "evaluate": Evaluate, "bits": Bits}
 Command = (
     Annotated[Paint, tyro.conf.subcommand("paint")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Bits, tyro.conf.subcommand("bits")]
 )
 
 

@@ -6,7 +6,8 @@ The schedule fixes alpha and the clock; what the network predicts fixes c_skip a
 The small functions below turn the estimate of x_0 into what else the papers speak of, all at x = x_0 + sigma * eps.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +24,21 @@ class Coefficients(NamedTuple):
     c_out: Tensor
 
 
-# Each from (alpha, sigma, d), in the shape of sigma; d is the standard deviation of the data.
-PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], Coefficients]] = {
-    "sample": lambda alpha, sigma, d: Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma)),
-    "epsilon": lambda alpha, sigma, d: Coefficients(torch.ones_like(sigma), -sigma),
-    "v": lambda alpha, sigma, d: Coefficients(alpha**2, -sigma * alpha),
-    "velocity": lambda alpha, sigma, d: Coefficients(alpha, -sigma * alpha),
-    "edm": lambda alpha, sigma, d: Coefficients(d**2 * alpha**2, d * sigma * alpha),
+def _mean(path: NoiseSchedule, sigma: Tensor, d: float) -> Coefficients:
+    """F = alpha_s ((1 - r²) x_0 + r² x), r = lower / sigma, solved for x_0."""
+    lower = row_before(path, sigma)
+    gap = (sigma - lower) * (sigma + lower)  # neighbouring rows differ by a hundredth: their squares would cancel
+    return Coefficients(-(lower**2) / gap, sigma**2 / gap / path.alpha(lower))
+
+
+# Each from (schedule, sigma, d), in the shape of sigma; d is the standard deviation of the data.
+PREDICTIONS: dict[str, Callable[[NoiseSchedule, Tensor, float], Coefficients]] = {
+    "sample": lambda path, sigma, d: Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma)),
+    "epsilon": lambda path, sigma, d: Coefficients(torch.ones_like(sigma), -sigma),
+    "v": lambda path, sigma, d: Coefficients(path.alpha(sigma) ** 2, -sigma * path.alpha(sigma)),
+    "velocity": lambda path, sigma, d: Coefficients(path.alpha(sigma), -sigma * path.alpha(sigma)),
+    "edm": lambda path, sigma, d: Coefficients(d**2 * path.alpha(sigma) ** 2, d * sigma * path.alpha(sigma)),
+    "mean": _mean,
 }
 
 
@@ -38,10 +47,11 @@ class Denoiser(nn.Module):
 
     Args:
         network: called as network(alpha * x, timestep, **context), the first in the network's own dtype, the second
-            [B] in float32 or better; returns a tensor shaped as x.
+            [B] in float32 or better; returns a tensor shaped as x, or of twice its channels (`learned_variance`).
         schedule: gives alpha and the clock.
         prediction: what the network's output means, one of PREDICTIONS: "sample" (x_0), "epsilon" (the noise),
-            "v" (arXiv:2202.00512), "velocity" (eps - x_0, arXiv:2209.03003) or "edm" (arXiv:2206.00364, table 1).
+            "v" (arXiv:2202.00512), "velocity" (eps - x_0, arXiv:2209.03003), "edm" (arXiv:2206.00364, table 1) or
+            "mean" (of q(x_s | x_t, x_0) in the papers' units, s the row before: arXiv:2006.11239, equation 7).
         sigma_data: standard deviation of the data, for EDM; latents on the other paths have 1.
 
     Raises:
@@ -66,6 +76,9 @@ class Denoiser(nn.Module):
 
         Returns:
             [B, C, H, W] in float32, or in float64 where x is.
+
+        Raises:
+            ValueError: a network of half precision that predicts the mean.
         """
         x, sigma = _wide(x), self._level(x, sigma)
         scaled = _over(self.schedule.alpha(sigma), x) * x
@@ -73,11 +86,47 @@ class Denoiser(nn.Module):
         if weight is not None:
             scaled = scaled.to(weight.dtype)
         output = self.network(scaled, self.schedule.timestep(sigma), **(context or {}))
-        return self.to_sample(x, output, sigma)
+        if self.prediction == "mean" and output.dtype.itemsize < 4:
+            raise ValueError(
+                "the mean of a step differs from x by a thousandth of it, which half precision rounds away: run a "
+                "network that predicts it in float32 (dtype=torch.float32; in training --mixed-precision no)"
+            )
+        return self.to_sample(x, output[:, : x.shape[1]], sigma)
+
+    @contextmanager
+    def learned_variance(self) -> Iterator[Callable[[Tensor, Tensor | float], Tensor]]:
+        """Within it, the learned variance of the network's last run, for a network of 2 C channels.
+
+        Its last C are 2 v - 1: at -1 the log-variance of a step is the small one, at 1 the large one
+        (arXiv:2102.09672, equation 15, and its code; diffusers' "learned_range").
+
+        Yields:
+            (x, sigma) -> v like x, which `samplers.ddpm` and `elbo.ancestral_step` take. To be called right after the
+            denoiser. Where that was guided, in a batch of null and condition, the variance is the condition's.
+        """
+        kept: list[Tensor] = []
+
+        def variance(x: Tensor, sigma: Tensor | float) -> Tensor:
+            output = kept[0][-len(x) :]
+            if output.shape[1] != 2 * x.shape[1]:
+                raise ValueError(
+                    f"a learned variance needs a network of {2 * x.shape[1]} output channels, two for each of x; "
+                    f"this one has {output.shape[1]}"
+                )
+            return (output[:, x.shape[1] :].to(_wide(x).dtype) + 1) / 2
+
+        def keep(network: nn.Module, args: Any, output: Tensor) -> None:
+            kept[:] = [output]
+
+        hook = self.network.register_forward_hook(keep)
+        try:
+            yield variance
+        finally:
+            hook.remove()
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """c_skip and c_out at noise level sigma, each in its shape."""
-        return PREDICTIONS[self.prediction](self.schedule.alpha(sigma), sigma, self.sigma_data)
+        return PREDICTIONS[self.prediction](self.schedule, sigma, self.sigma_data)
 
     def to_sample(self, x: Tensor, output: Tensor, sigma: Tensor | float) -> Tensor:
         """Estimate of x_0 from the network's output at x; like x."""
@@ -150,6 +199,16 @@ def sample_from_velocity(x: Tensor, velocity: Tensor, sigma: Tensor | float) -> 
     return (x - sigma * velocity) / (1 + sigma)
 
 
+def row_before(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
+    """Noise level a row of the beta table below sigma; of its shape.
+
+    Before the first row comes x_0, level 0. Between rows the level falls as the clock does, and linearly to 0 between
+    the second and the first.
+    """
+    t = schedule.timestep(sigma)
+    return torch.where(t < 1, t * schedule.sigma_min, schedule.sigma(t - 1))
+
+
 def _check_fit(schedule: NoiseSchedule, prediction: str, sigma_data: float) -> None:
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction should be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
@@ -165,10 +224,12 @@ def _check_fit(schedule: NoiseSchedule, prediction: str, sigma_data: float) -> N
         raise ValueError(f"velocity is that of the straight path, which is RectifiedFlow; got {path}")
     if prediction == "edm" and isinstance(schedule, RectifiedFlow):
         raise ValueError(f"edm-prediction needs alpha² = 1 / (d² + sigma²), which is EDM; got {path}")
-    if prediction == "epsilon" and schedule.clamped:
+    if prediction == "mean" and not isinstance(schedule, VariancePreserving):
+        raise ValueError(f"the mean is that of a step between rows of a beta table, VariancePreserving; got {path}")
+    if prediction in ("epsilon", "mean") and schedule.clamped:
         raise ValueError(
-            f"this {path} schedule ends in pure noise, where its noise says nothing about x_0 and an error of epsilon "
-            f"grows by sigma = {schedule.sigma_max:g}: take sample, or v or velocity where they fit"
+            f"this {path} schedule ends in pure noise, which says nothing about x_0, and an error of {prediction} "
+            f"grows by about sigma = {schedule.sigma_max:g}: take sample, or v or velocity where they fit"
         )
 
 

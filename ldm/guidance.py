@@ -69,7 +69,8 @@ def classifier_guided(
     """Classifier guidance (arXiv:2105.05233, equation 14): the score plus scale * grad log p(y | x; sigma).
 
     On the estimate of x_0 that is D + scale * sigma² * gradient. With scale 1 and a classifier of noisy pictures it is
-    the denoiser of p(x | y) exactly; a larger one samples from p(x) p(y | x)^scale at each noise level.
+    the denoiser of p(x | y) exactly; with another it has at each noise level the score of p(x) p(y | x)^scale,
+    densities that are not one under growing noise.
 
     Args:
         denoise: the unconditional denoiser.

@@ -194,7 +194,7 @@ def _solve(field: Field, state: State, start: float, end: float, tolerance: floa
             ahead = tuple(y + part for y, part in zip(state, _weighted(weights, slopes, step), strict=True))
             slopes.append(field(ahead, now + node * step))
         errors = [
-            (e / (1 + torch.maximum(y.abs(), z.abs()))).square().view(len(e), -1).mean(1).sqrt()
+            (e / (1 + torch.maximum(y.abs(), z.abs()))).square().reshape(len(e), -1).mean(1).sqrt()
             for e, y, z in zip(_weighted(ERROR, slopes, step), state, ahead, strict=True)
         ]
         error = torch.stack(errors).amax(0).cpu().double() / tolerance

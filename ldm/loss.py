@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Context, Denoiser
+from ldm.denoiser import Context, Denoiser, row_before
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 
 Weight = Callable[[Tensor], Tensor]  # sigma [B] -> weight [B] on the square error of x_0
@@ -228,11 +228,70 @@ def denoising_loss(
     Returns:
         [B]: the mean over C, H, W, times the weight; float32 or better.
     """
+    x0, x = _noised(x0, sigma, noise)
+    return weight(sigma) * _mean((denoiser(x, sigma, context) - x0) ** 2)
+
+
+@dataclass(frozen=True)
+class HybridLoss:
+    """The loss of a learned variance, L_simple + factor * L_vlb (arXiv:2102.09672, equation 16), called as
+    `denoising_loss` is. L_vlb, in nats per dimension, does not move the mean of a step, only its variance.
+
+    L_vlb is the sum over the T rows, here T times the term of the row drawn: levels drawn by "uniform" noise estimate
+    it. Other distributions give its terms other weights, but each term's best variance is the same.
+
+    Attributes:
+        denoiser: on a beta table; not wrapped for several processes, as the one that is called may be.
+    """
+
+    denoiser: Denoiser
+    factor: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.denoiser.schedule, VariancePreserving):
+            path = type(self.denoiser.schedule).__name__
+            raise ValueError(f"a learned variance is that of a step between rows of a beta table; got {path}")
+
+    def __call__(
+        self, denoiser: Denoiser, x0: Tensor, context: Context | None, sigma: Tensor, noise: Tensor, weight: Weight
+    ) -> Tensor:
+        x0, x = _noised(x0, sigma, noise)
+        schedule = self.denoiser.schedule
+        with self.denoiser.learned_variance() as variance:
+            estimate = denoiser(x, sigma, context)
+            divergence = step_divergence(x0, estimate.detach(), variance(x, sigma), sigma, schedule)
+        simple = weight(sigma) * _mean((estimate - x0) ** 2)
+        return simple + self.factor * schedule.entries * divergence
+
+
+def step_divergence(x0: Tensor, estimate: Tensor, v: Tensor, sigma: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), s the row before t: a term of L_vlb in nats per dimension, [B].
+
+    In x = x_0 + sigma * eps that is (v log(rho) + rho^-v (1 + g (x_0 - D)²) - 1) / 2, with g = sigma_s⁻² - sigma_t⁻²
+    and rho = (1 + sigma_s⁻²) / (1 + sigma_t⁻²), the large over the small variance. It is least on average where
+    rho^v = 1 + g E[(x_0 - D)² | x]; v = 0 leaves `DiscreteELBO`. At the first row, whose step to x_0 adds no noise, 0.
+
+    Args:
+        estimate: of x_0, D at sigma.
+        v: from the small log-variance (0) to the large one (1), like x0.
+        sigma: noise levels of t, [B].
+    """
     shape = (-1, *[1] * (x0.ndim - 1))
+    lower = row_before(schedule, sigma).clamp(min=schedule.sigma_min)
+    snr_s, snr_t = (level.view(shape) ** -2 for level in (lower, sigma))
+    log_ratio = v * (torch.log1p(snr_s) - torch.log1p(snr_t))
+    return _mean(log_ratio + (-log_ratio).exp() * (1 + (snr_s - snr_t) * (x0 - estimate) ** 2) - 1) / 2
+
+
+def _noised(x0: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """x_0 in float32 or better, and x = x_0 + sigma * noise."""
     x0 = x0 if x0.dtype == torch.float64 else x0.float()
-    x = x0 + sigma.to(x0).view(shape) * noise
-    square = (denoiser(x, sigma, context) - x0) ** 2
-    return weight(sigma) * square.flatten(1).mean(1)
+    return x0, x0 + sigma.to(x0).view(-1, *[1] * (x0.ndim - 1)) * noise
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Over all but the first dimension: [B]."""
+    return values.flatten(1).mean(1)
 
 
 def _inside(u: Tensor) -> Tensor:

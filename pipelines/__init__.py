@@ -1,5 +1,6 @@
 """What a user calls."""
 
+from pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
 from pipelines.text_to_image import TextToImagePipeline
 
-__all__ = ["TextToImagePipeline"]
+__all__ = ["DiffusionAutoencoderPipeline", "TextToImagePipeline"]

@@ -15,6 +15,7 @@ from torch import nn
 from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
+from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextEncoder
 from conditioning.tokenizer import ClipTokenizer
 from ldm.blocks import DIFFUSERS_VERSION
@@ -22,6 +23,7 @@ from ldm.denoiser import Denoiser
 from ldm.pixel_unet import PixelUNet
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 from ldm.unet import UNet
+from pipelines.codes import CodeDiffusion
 from pipelines.files import fill, load_autoencoder, newest, read_json, read_weights, save_network, write_json
 from pipelines.scheduler import warn_of_differences
 from vae.autoencoder import Autoencoder, Identity
@@ -32,7 +34,7 @@ BETAS: dict[str, Any] = {
     "scaled_linear": VariancePreserving.scaled_linear,
     "squaredcos_cap_v2": VariancePreserving.cosine,
 }
-PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
+PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "mean": "mean"}  # ours: the last
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,31 @@ class Defaults:
 
 @dataclass
 class Model:
-    """The parts of a latent diffusion model. `scheduler` is the config that says path, prediction and step spacing."""
+    """The parts of a latent diffusion model. `scheduler` is the config that says path, prediction and step spacing;
+    `codes` the second diffusion of a diffusion autoencoder, once it is trained."""
 
     unet: UNet | PixelUNet
     vae: Autoencoder | Identity
-    conditioner: TextEncoder | Labels | Unconditional
+    conditioner: TextEncoder | Labels | Unconditional | SemanticEncoder
     scheduler: dict[str, Any]
     defaults: Defaults = field(default_factory=Defaults)
+    codes: CodeDiffusion | None = None
 
     def __post_init__(self) -> None:
         self.schedule, self.prediction = schedule_from(self.scheduler)
         self.denoiser = Denoiser(self.unet, self.schedule, self.prediction, self.scheduler.get("sigma_data", 1.0))
+        channels, outputs = self.vae.latent_channels, self.unet.config.out_channels
+        if outputs not in (channels, 2 * channels):
+            raise ValueError(
+                f"the U-Net puts out {outputs} channels for latents of {channels}: expected {channels}, or "
+                f"{2 * channels} with the variance"
+            )
+
+    @property
+    def learned_variance(self) -> bool:
+        """The U-Net puts out the variance of a step, too."""
+        doubled = self.unet.config.out_channels > self.vae.latent_channels
+        return doubled and self.scheduler.get("variance_type") == "learned_range"
 
     @property
     def size(self) -> int:
@@ -69,18 +85,23 @@ class Model:
         return self.defaults.size or (latent if isinstance(latent, int) else max(latent)) * self.vae.downscale
 
     def parts(self) -> tuple[nn.Module, ...]:
-        return (self.unet, self.vae, self.conditioner)
+        return (self.unet, self.vae, self.conditioner, *([self.codes] if self.codes is not None else []))
 
 
-def scheduler_config(path: str, prediction: str, *, sigma_data: float = 1.0, zero_snr: bool = False) -> dict[str, Any]:
+def scheduler_config(
+    path: str, prediction: str, *, sigma_data: float = 1.0, zero_snr: bool = False, learned_variance: bool = False
+) -> dict[str, Any]:
     """The scheduler config of a new model.
 
     path: "scaled_linear" (Stable Diffusion), "linear", "cosine", "flow" or "edm". Beta tables become a complete
-    DDIMScheduler config, because readers fill in what is missing each in their own way.
+    DDIMScheduler config, because readers fill in what is missing each in their own way; where the variance is learned
+    a DDPMScheduler's, which alone has a word for that.
     """
     if path in ("flow", "edm"):
         if zero_snr:
             raise ValueError(f"zero_snr rescales a table of betas, and path {path!r} has none: leave it out")
+        if learned_variance:
+            raise ValueError(f"a learned variance is of steps on a table of betas, and path {path!r} has none")
         return {"_class_name": "Atelier", "path": path, "prediction": prediction, "sigma_data": sigma_data}
     name = {"cosine": "squaredcos_cap_v2"}.get(path, path)
     types = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
@@ -90,8 +111,11 @@ def scheduler_config(path: str, prediction: str, *, sigma_data: float = 1.0, zer
             f"{', '.join(types)}; or flow or edm"
         )
     start, end = {"linear": (1e-4, 0.02)}.get(name, (0.00085, 0.012))
+    of_class: dict[str, Any] = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
+    if learned_variance:
+        of_class = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
     return {
-        "_class_name": "DDIMScheduler",
+        **of_class,
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": 1000,
         "beta_start": start,
@@ -101,7 +125,6 @@ def scheduler_config(path: str, prediction: str, *, sigma_data: float = 1.0, zer
         "prediction_type": types[prediction],
         "clip_sample": False,
         "clip_sample_range": 1.0,
-        "set_alpha_to_one": True,
         "steps_offset": 1,
         "timestep_spacing": "trailing",
         "thresholding": False,
@@ -140,6 +163,10 @@ def for_atelier_alone(model: Model) -> str:
     """Why no other tool can open this model, or "" when they can."""
     if "path" in model.scheduler:
         return f"the path {model.scheduler['path']!r} has no scheduler config in a Stable Diffusion folder"
+    if model.prediction == "mean":
+        return "no scheduler config knows a U-Net that predicts the mean of a step"
+    if model.learned_variance:
+        return "its U-Net learns the variance, which guidance in a StableDiffusionPipeline would extrapolate as well"
     if not isinstance(model.unet, UNet):
         return "its U-Net, for small pictures, has a layout of its own"
     if not isinstance(model.conditioner, ClipTextEncoder):
@@ -154,10 +181,10 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
 
     Raises ValueError, before anything is written, for conditioning that has no layout, such as open_clip's.
     """
-    if not isinstance(model.conditioner, ClipTextEncoder | Labels | Unconditional):
+    if not isinstance(model.conditioner, ClipTextEncoder | Labels | Unconditional | SemanticEncoder):
         raise ValueError(
             f"a model conditioned by {type(model.conditioner).__name__} can't be saved: expected a ClipTextEncoder "
-            "(train/clip.py exports open_clip's text tower as one), Labels or Unconditional"
+            "(train/clip.py exports open_clip's text tower as one), Labels, Unconditional or a SemanticEncoder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     save_network(model.unet, folder / "unet", dtype)
@@ -172,8 +199,13 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
         notes["conditioning"] = "clip"
     elif isinstance(model.conditioner, Labels):
         notes |= {"conditioning": "labels", "labels": list(model.conditioner.names)}
+    elif isinstance(model.conditioner, SemanticEncoder):
+        save_network(model.conditioner, folder / "semantic_encoder", dtype)
+        notes["conditioning"] = "semantic"
     else:
         notes["conditioning"] = "none"
+    if model.codes is not None:
+        save_network(model.codes, folder / "codes", dtype)
     write_json(folder / "atelier.json", notes)
     if not for_atelier_alone(model):
         index = {
@@ -230,26 +262,36 @@ def load_model(
         load_conditioner(folder, notes, dtype, variant),
         scheduler,
         _defaults(notes),
+        _open(CodeDiffusion, folder / "codes") if (folder / "codes").is_dir() else None,
     )
     for part in model.parts():
         part.to(device)
-    warn_of_differences(scheduler)
+    warn_of_differences(scheduler, model.learned_variance)
     return model
 
 
 def load_conditioner(
     folder: Path, notes: Mapping[str, Any], dtype: torch.dtype = torch.float32, variant: str | None = None
-) -> ClipTextEncoder | Labels | Unconditional:
+) -> ClipTextEncoder | Labels | Unconditional | SemanticEncoder:
     """What conditions the model of a folder; its own kind is in atelier.json, otherwise it is a CLIP text encoder."""
     kind = notes.get("conditioning", "clip")
     if kind == "labels":
         return Labels(notes["labels"])
     if kind == "none":
         return Unconditional()
+    if kind == "semantic":
+        return _open(SemanticEncoder, folder / "semantic_encoder")
     config = ClipTextConfig.from_dict(read_json(folder / "text_encoder" / "config.json"))
     tower = ClipText.from_weights(config, read_weights(folder / "text_encoder", "model", variant))
     tower = tower.to(dtype).eval().requires_grad_(False)
     return ClipTextEncoder(tower, ClipTokenizer.from_folder(folder / "tokenizer"))
+
+
+def _open(kind: Any, folder: Path) -> Any:
+    """A network of ours from its folder, in float32: codes are few numbers, and inversion wants them exact."""
+    with torch.device("meta"):
+        network = kind.from_config(read_json(folder / "config.json"))
+    return fill(network, read_weights(folder), folder, torch.float32)
 
 
 def find_model(where: str | Path | None, *, revision: str | None = None, variant: str | None = None) -> Path:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.samplers import SAMPLERS
+from ldm.samplers import SAMPLERS, LogVariance
 from ldm.schedule import RAMPS, Grid, NoiseSchedule
 
 # The sampler that a folder's scheduler stands for; any other class gets FALLBACK, and a warning.
@@ -83,9 +83,10 @@ def sampler_of(config: Mapping[str, Any]) -> str:
     return SCHEDULER_SAMPLERS.get(name, FALLBACK)
 
 
-def warn_of_differences(config: Mapping[str, Any]) -> None:
+def warn_of_differences(config: Mapping[str, Any], learned_variance: bool = False) -> None:
     """One warning that names whatever in a scheduler config is not implemented, and what is done in its place.
 
+    learned_variance: the U-Net has the variance that "learned_range" asks for.
     No error: the table of noise levels is the model's, but how to step through it is the caller's choice.
     """
     name = config.get("_class_name", "")
@@ -94,6 +95,8 @@ def warn_of_differences(config: Mapping[str, Any]) -> None:
         found.append(f"_class_name={name!r}: the sampler is {FALLBACK}")
     known = _ANY | _OWN.get(name, {})
     for key, (implemented, instead) in known.items():
+        if key == "variance_type" and learned_variance:
+            continue
         if key in config and config[key] not in implemented:
             found.append(f"{key}={config[key]!r}: {instead}")
     for key, meaning in _MISSING.get(name, {}).items():
@@ -121,15 +124,20 @@ def grid_of(config: Mapping[str, Any], schedule: NoiseSchedule, sampler: str, sp
     )
 
 
-def sampler_options(config: Mapping[str, Any], sampler: str, eta: float) -> dict[str, Any]:
-    """What a sampler takes beside the grid.
+def sampler_options(
+    config: Mapping[str, Any], sampler: str, eta: float, learned: LogVariance | None = None
+) -> dict[str, Any]:
+    """What a sampler takes beside the grid. learned: the network's variance, if it has one.
 
-    With "fixed_large" diffusers adds noise after the last of fewer than 1000 steps; algorithm 2 of DDPM, and we, don't.
+    With "fixed_large" and "learned_range" diffusers adds noise after the last of fewer than 1000 steps; algorithm 2 of
+    DDPM, and we, don't.
     """
     if sampler == "ddim":
         return {"eta": eta}
     if sampler == "ddpm" and config.get("variance_type") == "fixed_large":
         return {"variance": "large"}
+    if sampler == "ddpm" and learned is not None:
+        return {"variance": learned}
     if sampler == "unipc" and config.get("_class_name") == "UniPCMultistepScheduler":
         order = config.get("solver_order")
         return {"order": order} if order in (1, 2, 3) else {}

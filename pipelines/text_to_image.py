@@ -17,6 +17,7 @@ from tqdm import tqdm
 from conditioning.clip import ClipTextEncoder
 from conditioning.context import Context, Unconditional
 from conditioning.text import TextEncoder
+from ldm.classifier import NoisyClassifier
 from ldm.guidance import classifier_free
 from ldm.samplers import SAMPLERS
 from ldm.schedule import step_grid
@@ -30,6 +31,7 @@ from pipelines.arguments import (
     starting_noise,
     step_count,
 )
+from pipelines.classifier import guided_to
 from pipelines.folder import Model, for_atelier_alone, load_model, save_model
 from pipelines.image import image_batch
 from pipelines.picture import Picture, to_pil
@@ -159,6 +161,8 @@ class TextToImagePipeline:
         eta: float = 0.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        classifier: NoisyClassifier | str | Path | None = None,
+        classifier_scale: float = 1.0,
         clip_skip: int | None = None,
         callback: Callback | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
@@ -186,6 +190,10 @@ class TextToImagePipeline:
             guidance_rescale: 0 to 1 (arXiv:2305.08891, section 3.4).
             guidance_interval: (low, high) noise levels between which to guide (arXiv:2404.07724); by default the
                 model's, if it has one, which (0, math.inf) switches off.
+            classifier: of noisy pictures, or its folder (train/classifier.py): guides to the classes that the prompts
+                name (arXiv:2105.05233), a model that is told nothing or any other.
+            classifier_scale: of its gradient: 1 is the classes' own distribution, more the surer. `ddpm`, the paper's
+                sampler, followed it better than `dpmpp_2m` did (examples/classifier_guidance.py).
             clip_skip: layers of the text encoder to leave out at the end.
             callback: called at every step with (step, sigma, x at sigma, estimate of x_0), all in latents.
             output_type: "pil", "np" [N, H, W, 3] in [0, 1], "pt" [N, 3, H, W] in [0, 1], or "latent", which are as
@@ -239,6 +247,8 @@ class TextToImagePipeline:
 
         cond, uncond = self._contexts(prompts, negatives, clip_skip)
         denoise = classifier_free(model.denoiser, cond, uncond, scale, rescale=guidance_rescale, interval=interval)
+        if classifier is not None:
+            denoise = guided_to(denoise, classifier, prompts, classifier_scale, unit)
         chosen = SAMPLERS[name]
         if image is None:
             x = unit * chosen.initial_scale(grid, float(sigmas[0]))
@@ -253,8 +263,10 @@ class TextToImagePipeline:
                 if callback:
                     callback(i, sigma, x, x0)
 
-            options = sampler_options(model.scheduler, name, eta)
-            with model.unet.reuse_contexts() if isinstance(model.unet, UNet) else nullcontext():
+            reuse = model.unet.reuse_contexts() if isinstance(model.unet, UNet) else nullcontext()
+            with reuse, model.denoiser.learned_variance() as variance:
+                learned = variance if model.learned_variance else None
+                options = sampler_options(model.scheduler, name, eta, learned)
                 x = chosen.function(denoise, x, sigmas, noise=noise, callback=stepped, **options)
         if output_type == "latent":
             return Output(x, seeds) if return_dict else (x, None)
@@ -273,6 +285,9 @@ class TextToImagePipeline:
             settings |= {"clip_skip": skipped, "width": width, "height": height}
             if image is not None:
                 settings["strength"] = strength
+            if classifier is not None:
+                named = {} if isinstance(classifier, NoisyClassifier) else {"classifier": str(classifier)}
+                settings |= named | {"classifier_scale": classifier_scale}
             rows = zip(decoded.cpu(), prompts, negatives, seeds or itertools.repeat(None), strict=False)
             images = [
                 Picture.of(to_pil(pixels), {"prompt": p, "negative_prompt": n, "seed": s, **settings})

@@ -175,7 +175,7 @@ def test_data_shows_rows_and_a_sheet(
 def test_evaluation_refuses_what_it_can_not_judge(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match=r"^error: .*only pictograms can be judged"):
+    with pytest.raises(SystemExit, match=r"^error: .*not on pictograms: .*give --judge RUN"):
         call(monkeypatch, "evaluate", model_folder, "--out", tmp_path / "figures")
     with pytest.raises(SystemExit, match=r"^error: --prompts 1"):
         call(monkeypatch, "evaluate", model_folder, "--prompts", "1")

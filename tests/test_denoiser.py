@@ -191,12 +191,12 @@ def test_gradients_reach_the_network():
 def test_combinations_that_have_no_meaning_are_refused_by_name():
     every = [(s, p, getattr(s, "sigma_data", 1.0)) for s in (VP, ZERO, FLOW, UNIT, HALF) for p in PREDICTIONS]
     for schedule, prediction, d in every:
-        if (schedule, prediction, d) in FITTING:
+        if (schedule, prediction, d) in [*FITTING, (VP, "mean", 1.0)]:
             Denoiser(Recorder(), schedule, prediction, d)
         else:
             with pytest.raises(ValueError, match=type(schedule).__name__):
                 Denoiser(Recorder(), schedule, prediction, d)
-    with pytest.raises(ValueError, match=r"one of sample, epsilon, v, velocity, edm; got 'v_prediction'"):
+    with pytest.raises(ValueError, match=r"one of sample, epsilon, v, velocity, edm, mean; got 'v_prediction'"):
         Denoiser(Recorder(), VP, "v_prediction")
     with pytest.raises(ValueError, match="give both the same"):
         Denoiser(Recorder(), HALF, "edm")

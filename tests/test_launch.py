@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train.vae
 from pipelines import TextToImagePipeline
 from train.ldm import main
 from train.presets import PRESETS
@@ -122,7 +123,8 @@ def test_two_processes_train_the_model_that_one_trains(
 def test_the_autoencoders_script_finds_the_package_that_ldm_py_hides(tmp_path: Path) -> None:
     result = run(sys.executable, ROOT / "train" / "vae.py", "--preset", "nothing", cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1] == "error: --preset 'nothing': expected one of shapes, bundled"
+    wanted = ", ".join(train.vae.PRESETS)
+    assert result.stderr.strip().splitlines()[-1] == f"error: --preset 'nothing': expected one of {wanted}"
 
 
 def free_port() -> int:

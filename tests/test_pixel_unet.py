@@ -12,10 +12,14 @@ from torch import nn
 from ldm.blocks import Network
 from ldm.pixel_unet import ConditionalNorm, PixelUNet, PixelUNetConfig, SelfAttention
 from pipelines import TextToImagePipeline
+from pipelines.files import save_network
 from pipelines.folder import Model, for_atelier_alone, load_model, scheduler_config
 from train.config import parse
 from train.ldm import main
 from train.presets import PRESETS
+from train.set_presets import LECTURE, SMALL_SETS
+from train.sources import open_source
+from vae.autoencoder import Autoencoder, AutoencoderConfig
 
 SMALL = PixelUNetConfig(block_out_channels=(8, 16), layers_per_block=(1, 1), attention_heads=(0, 2), norm_num_groups=4)
 
@@ -153,15 +157,30 @@ def test_a_class_conditional_model_of_grey_pixels_learns_its_classes(digits: Pat
         pipe.save_pretrained(tmp_path / "export")
 
 
+@pytest.fixture(scope="module")
+def small_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An autoencoder of random weights that halves the sides."""
+    vae = Autoencoder(AutoencoderConfig(block_out_channels=(4, 4), latent_channels=4, norm_num_groups=2))
+    save_network(vae, folder := tmp_path_factory.mktemp("autoencoder"))
+    return folder
+
+
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith(("fashion", "cifar10", "celeba"))])
-def test_presets_of_the_lecture_train_and_paint_in_small(preset: str, digits: Path, tmp_path: Path) -> None:
-    unet = replace(
-        PRESETS[preset].unet, block_out_channels=(8, 8, 16, 16, 16)[: len(PRESETS[preset].unet.block_out_channels)]
-    )
+@pytest.mark.parametrize("preset", [*LECTURE, *SMALL_SETS])
+def test_presets_of_known_sets_train_and_paint_in_small(
+    preset: str, digits: Path, small_vae: Path, tmp_path: Path
+) -> None:
+    whole = PRESETS[preset]
+    unet = replace(whole.unet, block_out_channels=(8, 8, 16, 16, 16)[: len(whole.unet.block_out_channels)])
     few = {"updates": 2, "warmup": 1, "batch_size": 4, "size": 16, "steps": 2, "workers": 0, "checkpoint_every": 2}
-    config = replace(PRESETS[preset], unet=unet, data=str(digits), output=tmp_path / "run", cache=tmp_path, **few)
-    assert load_model(main(config)).size == 16
+    vae = str(small_vae) if "latent" in preset else whole.vae
+    config = replace(whole, unet=unet, vae=vae, data=str(digits), output=tmp_path / "run", cache=tmp_path, **few)
+    assert load_model(main(replace(config, mixed_precision=None))).size == 16
+
+
+def test_presets_of_known_sets_ask_for_their_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--data: expected a folder of captioned pictures"):
+        open_source(PRESETS["mnist"].data, 28)
 
 
 def test_the_kind_of_network_follows_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ ROOMS = {  # room -> the rooms it may import from
     "train": {"train", "pipelines", "ldm", "vae", "conditioning"},
 }
 TRAINING_ONLY = {"accelerate", "datasets"}
-HEAVY = {"transformers", "diffusers", "open_clip", "torchvision", "lpips", "xformers", "scipy", "gradio"}
+HEAVY = {"transformers", "diffusers", "open_clip", "torchvision", "lpips", "xformers", "scipy", "gradio", "matplotlib"}
 NOT_FOR_PAINTING = {"conditioning/open_clip.py", "vae/losses.py"}  # and train/
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # What a distribution is imported as, where the two names differ.
@@ -151,9 +151,11 @@ def test_everything_imported_is_declared() -> None:
         for module in imports(tree, lazy=False):
             assert module.split(".")[0] in known, f"{name(file)} needs {module}, which is an extra"
     for_tests = {*sys.stdlib_module_names, *ROOMS, *always, *declared(extras["dev"]), "atelier", "tests", "packaging"}
-    for file in (ROOT / "tests").glob("*.py"):
-        for module in imports(parse(file)):
-            assert module.split(".")[0] in for_tests, f"{name(file)} imports {module}"
+    for_examples = {*sys.stdlib_module_names, *ROOMS, *always, *declared(extras["examples"])}
+    for folder, known in (("tests", for_tests), ("examples", for_examples)):
+        for file in (ROOT / folder).glob("*.py"):
+            for module in imports(parse(file)):
+                assert module.split(".")[0] in known | {"examples"}, f"{name(file)} imports {module}"
 
 
 def test_version_bounds_are_true_here() -> None:

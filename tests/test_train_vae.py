@@ -199,6 +199,20 @@ def test_the_adversary_joins_at_its_update(config: Config, tmp_path: Path) -> No
     assert any((state["model"][name] != weight).any() for name, weight in states[4]["model"].items())
 
 
+def test_a_plain_vae_learns_its_bound_and_shows_samples(config: Config, tmp_path: Path) -> None:
+    loss = LossWeights(pixel=0, squared=0, gradient=0, kl=0, elbo=1)
+    some = {"updates": 150, "crop": 16, "warmup": 10, "learning_rate": 1e-2, "ema_decay": 0.98}
+    output, numbers = run(replace(config, loss=loss, **some), tmp_path)
+    bounds = [n["elbo"] for n in numbers if "elbo" in n]
+    assert bounds[-1] < bounds[0] - 0.2  # nats a value
+    with Image.open(output / "samples" / "0000150.png") as sheet:
+        # 32 pairs, of 40 pictures, then 32 samples: 12 rows of 8 tiles.
+        assert sheet.size == (8 * 68 + 4, 12 * 68 + 4)
+        samples = np.asarray(sheet)[8 * 68 + 4 :, 4:]
+    assert samples[:64, :64].std() > 5
+    assert np.abs(samples[:64, :64].astype(float) - samples[:64, 68:132]).mean() > 5
+
+
 def test_crops_do_not_hang_on_the_number_of_processes(config: Config) -> None:
     data = torch.arange(4 * 16 * 16 * 3).view(4, 16, 16, 3).remainder(251).to(torch.uint8)
     whole, noise = crops(data, config, 3, 0, 1, (4, 4, 4))

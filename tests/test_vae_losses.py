@@ -6,15 +6,18 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
 from vae.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from vae.losses import (
+    ROUNDING,
     LossWeights,
     PatchDiscriminator,
     adaptive_weight,
     adversarial_weight,
     autoencoder_loss,
     discriminator_loss,
+    elbo_loss,
     generator_loss,
     gradient_loss,
     kl_loss,
@@ -61,6 +64,27 @@ def test_total_is_the_weighted_sum_of_the_terms():
     assert total.item() == pytest.approx(expected.mean().item(), rel=1e-6)
     assert kl_loss(posterior).tolist() == pytest.approx([0.125, 0.125])  # mean² / 2 nats for each value
     assert autoencoder_loss(output, target, posterior, LossWeights(0, 0, 0, 0))[0] == 0
+
+
+def test_the_bound_is_that_of_a_gaussian_decoder_of_the_best_variance():
+    """Against torch.distributions; no other variance makes it smaller."""
+    output, target = some_pictures()
+    generator = torch.Generator().manual_seed(1)
+    mean, logvar = (torch.randn(2, 4, 2, 3, generator=generator) for _ in range(2))
+    divergence = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).flatten(1).sum(1) / target[0].numel()
+    best = (output - target).square().mean().sqrt()
+
+    def bound(std: torch.Tensor) -> torch.Tensor:
+        return divergence - Normal(output, std).log_prob(target).flatten(1).mean(1)
+
+    got = elbo_loss(output, target, Posterior(mean, logvar))
+    torch.testing.assert_close(got, bound(best))
+    assert got.mean() < min(bound(best * factor).mean() for factor in (0.9, 1.1))
+    perfect = elbo_loss(target, target, Posterior(mean, logvar))  # rounding to 8 bits is left
+    torch.testing.assert_close(perfect, divergence - Normal(0.0, ROUNDING**0.5).log_prob(torch.zeros(2)))
+    total, terms = autoencoder_loss(output, target, Posterior(mean, logvar), LossWeights(0, 0, 0, 0, elbo=1))
+    assert terms.keys() == {"elbo"}
+    assert total == got.mean()
 
 
 def test_kl_weight_of_latent_diffusion_in_our_units():

@@ -36,11 +36,7 @@ def build(config: Config) -> Model:
             guidance_interval=config.guidance_interval or model.defaults.guidance_interval,
         )
         return model
-    vae: Autoencoder | Identity
-    if config.vae in ("none", "grey"):
-        vae = Identity(3 if config.vae == "none" else 1)
-    else:
-        vae = load_autoencoder(find_model(None) if config.vae == "bundled" else Path(config.vae))
+    vae = open_autoencoder(config.vae)
     conditioner: Labels | Unconditional
     if config.text_encoder == "labels":
         conditioner = Labels(sorted(first_captions(open_source(config.data, 32, font=config.font))))
@@ -51,23 +47,43 @@ def build(config: Config) -> Model:
         folder = find_model(None) if where is None else newest(Path(where))
         conditioner = load_conditioner(folder, {})  # type: ignore[assignment]
     tower: ClipText | None = getattr(conditioner, "tower", None)
-    own = 32 if isinstance(vae, Identity) else vae.config.sample_size
-    size = config.size or (own if isinstance(own, int) else max(own))
+    size = config.size or own_size(vae)
     classes = getattr(conditioner, "num_embeddings", None)
     text = tower.config.hidden_size if tower else None
     unet = fitted(config.unet, vae.latent_channels, size // vae.downscale, classes, text)
+    if config.learned_variance:
+        unet = replace(unet, out_channels=2 * vae.latent_channels)
     defaults = Defaults(
         steps=config.steps or 20,
         guidance_scale=_or(config.guidance_scale, 3.0),
         guidance_interval=config.guidance_interval,
-        sampler=config.sampler or "dpmpp_2m",
+        sampler=config.sampler or ("ddpm" if config.learned_variance else "dpmpp_2m"),
         caption_dropout=config.caption_dropout,
         data=config.data,
         size=size,
     )
     torch.manual_seed(config.seed)
-    scheduler = scheduler_config(config.path, config.prediction, sigma_data=config.sigma_data, zero_snr=config.zero_snr)
+    scheduler = scheduler_config(
+        config.path,
+        config.prediction,
+        sigma_data=config.sigma_data,
+        zero_snr=config.zero_snr,
+        learned_variance=config.learned_variance,
+    )
     return Model(new_unet(unet), vae, conditioner, scheduler, defaults)
+
+
+def open_autoencoder(vae: str) -> Autoencoder | Identity:
+    """What `--vae` names: a folder, "bundled", or "none" for pixels, "grey" for grey ones."""
+    if vae in ("none", "grey"):
+        return Identity(3 if vae == "none" else 1)
+    return load_autoencoder(find_model(None) if vae == "bundled" else Path(vae))
+
+
+def own_size(vae: Autoencoder | Identity) -> int:
+    """The side in pixels of the pictures that an autoencoder was trained on; 32 without one."""
+    own = 32 if isinstance(vae, Identity) else vae.config.sample_size
+    return own if isinstance(own, int) else max(own)
 
 
 def fitted(

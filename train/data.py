@@ -144,6 +144,28 @@ def batch_indices(count: int, seed: int, start: int, size: int) -> torch.Tensor:
     return torch.stack([orders[int(e)][p] for e, p in zip(epochs, positions % count, strict=True)])
 
 
+class Draws(NamedTuple):
+    """Every random draw of one step: pure functions of (seed, update, position in the global batch)."""
+
+    indices: torch.Tensor  # [B] int64, which pictures
+    chance: torch.Tensor  # [B, 2], uniform
+    u: torch.Tensor  # [B], uniform over the global batch, stratified: each position has its share of the noise levels
+    normal: torch.Tensor  # [2, B, *shape], standard normal
+
+
+def draws(seed: int, update: int, first: int, size: int, global_batch: int, count: int, shape: Sequence[int]) -> Draws:
+    """Positions first … first + size - 1 of an update's global batch, of a set of `count` pictures."""
+    indices = batch_indices(count, seed, update * global_batch + first, size)
+    chances, normals = [], []
+    for position in range(first, first + size):
+        draw = generator(seed, update, position)
+        chances.append(torch.rand(3, generator=draw))
+        normals.append(torch.randn(2, *shape, generator=draw))
+    chance = torch.stack(chances)
+    u = (torch.arange(first, first + size) + chance[:, 2]) / global_batch
+    return Draws(indices, chance[:, :2], u, torch.stack(normals, dim=1))
+
+
 def generator(*numbers: int) -> torch.Generator:
     """A CPU generator that is a pure function of the numbers, such as (seed, update, position in the batch)."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()

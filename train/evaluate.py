@@ -76,7 +76,10 @@ def evaluate(
     pipe.set_progress_bar_config(disable=True)
     trained_on = pipe.model.defaults.data
     if not trained_on.startswith("pictograms"):
-        raise ValueError(f"this model was trained on {trained_on or 'unknown data'}; only pictograms can be judged")
+        raise ValueError(
+            f"this model was trained on {trained_on or 'unknown data'}, not on pictograms: where it paints classes, "
+            "train a classifier of them (train/classifier.py --preset clean) and give --judge RUN"
+        )
     everything = trained_on.split("+")[0] == "pictograms:all"
     objects = tuple(name for name, thing in things().items() if everything or thing.everyday)
     out.mkdir(parents=True, exist_ok=True)

@@ -20,14 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from conditioning.labels import Labels
-from ldm.loss import denoising_loss, training_noise, training_weight
+from ldm.loss import HybridLoss, denoising_loss, training_noise, training_weight
 from ldm.unet import UNet
 from pipelines.files import read_weights
 from pipelines.folder import save_model
 from train.build import build
 from train.cache import Latents, Texts, cache_latents
 from train.config import parse
-from train.data import batch_indices, generator, permutation
+from train.data import draws, permutation
 from train.launch import matrix_type, memory_format, start
 from train.muon import BETAS, Muon
 from train.presets import PRESETS, check_model_settings, preset_for
@@ -51,20 +51,16 @@ def draw_batch(
     config: Config, latents: Latents, update: int, first: int, global_batch: int, device: torch.device
 ) -> Batch:
     """Positions first … first + batch_size - 1 of an update's global batch."""
-    indices = batch_indices(len(latents.captions), config.seed, update * global_batch + first, config.batch_size)
-    shape = latents.mean.shape[1:]
-    captions, draws, u = [], [], []
-    for row, index in enumerate(indices.tolist()):
-        draw = generator(config.seed, update, first + row)
-        chance = torch.rand(3, generator=draw)
+    count, shape = len(latents.captions), latents.mean.shape[1:]
+    drawn = draws(config.seed, update, first, config.batch_size, global_batch, count, shape)
+    captions = []
+    for index, chance in zip(drawn.indices.tolist(), drawn.chance, strict=True):
         group = latents.captions[index]
         chosen = group[int(chance[0] * len(group))]
         captions.append("" if chance[1] < config.caption_dropout else chosen)
-        u.append((first + row + chance[2]) / global_batch)  # stratified: each position has its share of the levels
-        draws.append(torch.randn(2, *shape, generator=draw))
-    posterior_noise, noise = torch.stack(draws, dim=1).to(device)
-    x0 = latents.posterior(indices, device).sample(posterior_noise)
-    return Batch(x0, captions, noise, torch.stack(u).to(device))
+    posterior_noise, noise = drawn.normal.to(device)
+    x0 = latents.posterior(drawn.indices, device).sample(posterior_noise)
+    return Batch(x0, captions, noise, drawn.u.to(device))
 
 
 def main(config: Config) -> Path:
@@ -105,6 +101,7 @@ def main(config: Config) -> Path:
     noise_levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
     floor, gamma = config.min_snr_floor, config.min_snr_gamma
     weight = training_weight(config.weight, model.denoiser, noise_levels, gamma=gamma, floor=floor)
+    loss_of = HybridLoss(model.denoiser) if model.learned_variance else denoising_loss
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
     ema = EMA(unet, config.ema_decay)
     optimizer: torch.optim.Optimizer
@@ -155,7 +152,7 @@ def main(config: Config) -> Path:
             first = (micro * accelerator.num_processes + rank) * config.batch_size
             batch = draw_batch(config, latents, update, first, global_batch, device)
             sigma = noise_levels.sigma(batch.u)
-            loss = denoising_loss(denoiser, batch.x0, texts(batch.captions), sigma, batch.noise, weight).mean()
+            loss = loss_of(denoiser, batch.x0, texts(batch.captions), sigma, batch.noise, weight).mean()
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"the loss is {loss.item()} at update {update} (captions {batch.captions[:3]} …): lower "

@@ -4,40 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.pixel_unet import PixelUNetConfig
+from train.set_presets import LECTURE, SMALL_SETS
 from train.settings import SMALL, Config
-
-# EDM in pixel space (arXiv:2206.00364, table 1), as S. Nguyen, "Diffusion model" (lecture, 2023), has it: its network,
-# its batches of 32, no EMA, Adam at 1e-4, a fifth of the labels dropped, 50 Euler steps.
-PIXELS = Config(
-    vae="none",
-    text_encoder="none",
-    path="edm",
-    prediction="edm",
-    sigma_data=0.5,
-    noise_mean=-1.2,
-    noise_std=1.2,
-    unet=PixelUNetConfig(),
-    caption_dropout=0.2,
-    size=32,
-    learning_rate=1e-4,
-    optimizer="adamw",
-    schedule="constant",
-    ema_decay=0.0,
-    batch_size=32,
-    steps=50,
-    sampler="euler",
-    checkpoint_every=5000,
-)
-LABELS = replace(PIXELS, text_encoder="labels")
-CELEBA = replace(PIXELS, size=128, updates=300_000, sampler="heun")
-TINY = PixelUNetConfig(
-    block_out_channels=(64, 128, 256, 512), layers_per_block=(1, 2, 4, 4), attention_heads=(0, 0, 0, 8)
-)
-WIDE = PixelUNetConfig(
-    block_out_channels=(64, 128, 256, 512, 1024), layers_per_block=(2, 2, 2, 2, 2), attention_heads=(0, 0, 0, 4, 4)
-)
-WITHOUT_ATTENTION = PixelUNetConfig(attention_heads=(0, 0, 0))
 
 PRESETS = {
     # First steps, taken when neither --data nor --model is given: the bundled model learns geometry, in 4 min 16 s on
@@ -72,43 +40,8 @@ PRESETS = {
         checkpoint_every=500,
         mixed_precision="bf16",
     ),
-    # That lecture's models, --data FILE.parquet or FOLDER, and what it reports, not what was reached here: the
-    # Fréchet Inception distance to train, validation and test pictures. An epoch of CIFAR-10 is 1,250 updates of its
-    # 40,000 training pictures. FashionMNIST, 100 epochs, guidance 1: 9.2 / 10.5 / 10.3; without attention 13.9 / 15.1
-    # / 14.7; unconditional 19.1 / 20.2 / 19.6.
-    "fashion": replace(LABELS, vae="grey", output=Path("runs/fashion"), updates=150_000, guidance_scale=1.0),
-    "fashion-without-attention": replace(
-        LABELS,
-        vae="grey",
-        unet=WITHOUT_ATTENTION,
-        output=Path("runs/fashion-without-attention"),
-        updates=150_000,
-        guidance_scale=1.0,
-    ),
-    "fashion-unconditional": replace(PIXELS, vae="grey", output=Path("runs/fashion-unconditional"), updates=150_000),
-    # CIFAR-10, 200 epochs, guidance 2.5: 20.4 / 22.5 / 22.5; without attention 22.8 / 24.8 / 24.3; unconditional
-    # 28.5 / 30.7 / 30.7.
-    "cifar10": replace(LABELS, output=Path("runs/cifar10"), updates=250_000, guidance_scale=2.5),
-    "cifar10-without-attention": replace(
-        LABELS,
-        unet=WITHOUT_ATTENTION,
-        output=Path("runs/cifar10-without-attention"),
-        updates=250_000,
-        guidance_scale=2.5,
-    ),
-    "cifar10-unconditional": replace(PIXELS, output=Path("runs/cifar10-unconditional"), updates=250_000),
-    # CelebA at 128×128, 125 epochs of 64, 50 stochastic Heun steps (deterministic ones by default here): tiny (35 M)
-    # 22.1 / 23.2 / 21.9, without attention 26.7 / 27.7 / 26.4; small (80 M) 17.9 / 19.0 / 18.3; big (81 M) not
-    # reported.
-    "celeba-tiny": replace(CELEBA, unet=TINY, output=Path("runs/celeba-tiny"), batch_size=64),
-    "celeba-tiny-without-attention": replace(
-        CELEBA,
-        unet=replace(TINY, attention_heads=(0, 0, 0, 0)),
-        output=Path("runs/celeba-tiny-without-attention"),
-        batch_size=64,
-    ),
-    "celeba-small": replace(CELEBA, unet=WIDE, output=Path("runs/celeba-small")),
-    "celeba-big": replace(CELEBA, unet=replace(WIDE, attention_heads=(0, 0, 4, 8, 8)), output=Path("runs/celeba-big")),
+    **LECTURE,
+    **SMALL_SETS,
 }
 
 

@@ -29,7 +29,8 @@ class Config:
     vae: str = "bundled"  # autoencoder of a new model: folder, "bundled", or "none" for pixels, "grey" for grey ones
     text_encoder: str = "bundled"  # conditioning of a new model: model folder, "bundled", "labels" or "none"
     path: Literal["scaled_linear", "linear", "cosine", "flow", "edm"] = "scaled_linear"
-    prediction: Literal["epsilon", "sample", "v", "velocity", "edm"] = "v"
+    prediction: Literal["epsilon", "sample", "v", "velocity", "edm", "mean"] = "v"  # mean: with --weight elbo
+    learned_variance: bool = False  # a new U-Net also learns the variance of DDPM's steps; for the sampler "ddpm"
     zero_snr: bool = False  # rescale the betas to end in pure noise
     sigma_data: float = 1.0  # of the path "edm": standard deviation of the data; latents have 1, pixels about 0.5
     noise: Literal["uniform", "log_normal", "logit_normal"] = "log_normal"  # distribution of training noise
@@ -60,7 +61,7 @@ class Config:
     steps: int | None = None  # of the sampler, the model's default from now on; None: 20, or what it was before
     guidance_scale: float | None = None  # likewise; None: 3, or what it was before
     guidance_interval: tuple[float, float] | None = None  # likewise, noise levels; None: all, or what it was before
-    sampler: str | None = None  # likewise; None: dpmpp_2m, or what it was before
+    sampler: str | None = None  # likewise; None: dpmpp_2m (ddpm, if the variance is learned), or before
     workers: int = 2  # processes that read pictures
     cache: Path = Path("cache")  # latents
     font: str | None = None  # the colour emoji font's file, for pictograms
@@ -73,6 +74,8 @@ class Config:
             raise ValueError(f"--size is {self.size}: expected at least 1")
         if self.gradient_checkpointing and isinstance(self.unet, PixelUNetConfig):
             raise ValueError("--gradient-checkpointing is for the text U-Net; the one for small pictures has none")
+        if self.model and self.learned_variance:
+            raise ValueError(f"--model {self.model} brings its own variance: leave out --model, or --learned-variance")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"--caption-dropout is {self.caption_dropout}: expected a share from 0 to below 1")
 

@@ -159,6 +159,8 @@ def open_source(data: str, size: int, *, split: str = "train", font: str | None 
         drawing = Pictograms(size=size, objects=objects, split=split, views=views, font=font)
         return Drawn(drawing, f"pictograms {size} {objects} {split} {views}", find_font(font))
     path = Path(data).expanduser()
+    if not data:  # which pathlib takes for the current folder
+        raise ValueError("--data: expected a folder of captioned pictures, or a .parquet file")
     if not path.exists():
         raise ValueError(
             f"--data {data!r} does not exist: expected a folder of captioned pictures, a .parquet file, "

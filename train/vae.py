@@ -14,6 +14,7 @@ if not __package__:  # as a script, this folder is first on the path, where ldm.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -49,6 +50,17 @@ F8 = AutoencoderConfig(  # 64×64 pictures become 8×8×32 latents
     mid_block_add_attention=False,
     sample_size=64,
 )
+
+
+def _of_32(widths: tuple[int, ...], latent_channels: int) -> AutoencoderConfig:
+    """A network for pictures of 32×32, each width after the first halving their side."""
+    return AutoencoderConfig(
+        block_out_channels=widths,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=32,
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,39 @@ PRESETS = {
         batch_size=32,
         learning_rate=3e-3,
         mixed_precision="bf16",
+    ),
+    # --data mnist-train.parquet: 4×4 pixels become one of 8×8×4 latents.
+    "mnist": Config(
+        output=Path("runs/mnist-vae"),
+        model=_of_32((16, 32, 64), 4),
+        size=32,
+        crop=32,
+        mirror=False,
+        updates=2000,
+        batch_size=64,
+        learning_rate=3e-3,
+    ),
+    # A plain VAE, 16 numbers a picture, trained on its bound.
+    "mnist-elbo": Config(
+        output=Path("runs/mnist-elbo"),
+        model=_of_32((16, 32, 64, 64, 128, 128), 16),
+        size=32,
+        crop=32,
+        mirror=False,
+        updates=2000,
+        batch_size=64,
+        learning_rate=2e-3,
+        loss=LossWeights(pixel=0, squared=0, gradient=0, kl=0, elbo=1),
+    ),
+    # --data cifar10-train.parquet
+    "cifar10": Config(
+        output=Path("runs/cifar10-vae"),
+        model=_of_32((16, 32, 64), 12),
+        size=32,
+        crop=32,
+        updates=2000,
+        batch_size=64,
+        learning_rate=3e-3,
     ),
 }
 
@@ -162,14 +207,25 @@ def normalise_latents(vae: Autoencoder, pixels: Tensor, device: torch.device) ->
     return vae
 
 
+@torch.no_grad()
+def paint_samples(vae: Autoencoder, size: int, device: torch.device) -> list[Image.Image]:
+    """32 pictures decoded from the prior of a plain VAE, N(0, I), before the latents are normalised."""
+    side = size // vae.downscale
+    latents = torch.randn(32, vae.latent_channels, side, side, generator=generator(0)).to(device)
+    return [to_pil(picture) for picture in vae.decode(latents).cpu()]
+
+
 def save(vae: Autoencoder, config: Config, update: int, pixels: Tensor, shown: Tensor, state: dict) -> float:
-    """Writes a checkpoint, whose latents are normalised, and a sheet of reconstructions; returns their PSNR."""
+    """Writes a checkpoint, whose latents are normalised, and a sheet: pictures beside their reconstructions, then,
+    where the bound is trained on, samples. Returns the reconstructions' PSNR."""
     device = next(vae.parameters()).device
     some = permutation(len(pixels), config.seed, -1)[:1024]
-    finished = normalise_latents(vae.eval(), pixels[some], device)
+    samples = paint_samples(vae.eval(), config.size, device) if config.loss.elbo else []
+    finished = normalise_latents(vae, pixels[some], device)
     output, psnr = reconstruct(finished, shown, device)
     save_checkpoint(config.output, update, lambda folder: save_network(finished, folder), state, config)
     rows = [tile for pair in zip(shown[:32].numpy(), map(to_pil, output[:32]), strict=True) for tile in pair]
+    rows += samples
     (config.output / "samples").mkdir(parents=True, exist_ok=True)
     grid(rows, columns=8).save(config.output / "samples" / f"{update:07d}.png")
     return psnr

@@ -1,10 +1,13 @@
 """What a person watches while a model trains: errors by noise level, painted prompts, and a rehearsal before it all."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from conditioning.context import Context
 from conditioning.labels import Labels
 from ldm.denoiser import Denoiser
 from ldm.loss import denoising_loss
@@ -21,17 +24,26 @@ from train.state import save_checkpoint
 def validate(
     denoiser: Denoiser, latents: Latents, texts: Texts, device: torch.device, batch_size: int = 128
 ) -> dict[str, float]:
-    """Error of x_0 over its variance at five fixed noise levels, on fixed noise: {"validation/sigma 0.25": ...}."""
-    chosen = latents.select(torch.arange(min(128, len(latents.captions))))
-    every = torch.arange(len(chosen.captions))
-    x0 = chosen.posterior(every, device).mean
-    noise = torch.randn(x0.shape, generator=generator(0)).to(device)
+    """`errors_by_level` of a set's first 128 pictures."""
+    captions = [group[0] for group in latents.captions[:128]]
+    x0 = latents.posterior(torch.arange(len(captions)), device).mean
+    return errors_by_level(denoiser, x0, lambda rows: texts([captions[i] for i in rows.tolist()]), batch_size)
+
+
+@torch.no_grad()
+def errors_by_level(
+    denoiser: Denoiser, x0: Tensor, contexts: Callable[[Tensor], Context], batch_size: int
+) -> dict[str, float]:
+    """Error of x_0 over its variance at five fixed noise levels, on fixed noise: {"validation/sigma 0.25": ...}.
+
+    x0: [N, C, h, w]; contexts: rows of it -> what the network is told of them.
+    """
+    noise = torch.randn(x0.shape, generator=generator(0)).to(x0)
     errors = dict.fromkeys((0.25, 0.5, 1.0, 2.0, 8.0), 0.0)
-    for part in every.split(batch_size):  # no more memory than training takes
-        context = texts([chosen.captions[i][0] for i in part.tolist()])
-        rows = part.to(device)
+    for rows in torch.arange(len(x0)).split(batch_size):  # no more memory than training takes
+        context = contexts(rows)
         for sigma in errors:
-            level = torch.full((len(part),), sigma, device=device)
+            level = torch.full((len(rows),), sigma, device=x0.device)
             error = denoising_loss(denoiser, x0[rows], context, level, noise[rows], torch.ones_like)
             errors[sigma] += float(error.sum())
     return {f"validation/sigma {sigma}": e / len(x0) / max(float(x0.var()), 1e-12) for sigma, e in errors.items()}

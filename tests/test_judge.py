@@ -1,0 +1,90 @@
+"""A classifier judges samples: right about real pictures, and about a model that paints classes, or nothing said."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train.classifier
+import train.ldm
+from ldm.classifier import NoisyClassifier, NoisyClassifierConfig
+from ldm.pixel_unet import PixelUNetConfig
+from pipelines.classifier import load_classifier
+from train.judge import evaluate_classes, verdicts
+from train.presets import PRESETS
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+COLOURS = {"red": (220, 40, 40), "blue": (30, 60, 220)}
+
+
+def patch(name: str, rng: np.random.Generator) -> Image.Image:
+    """8×8 pixels of about one colour."""
+    return Image.fromarray((np.array(COLOURS[name]) + rng.normal(0, 10, (8, 8, 3))).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("patches"), np.random.default_rng(0)
+    for name in COLOURS:
+        (folder / name).mkdir()
+        for i in range(16):
+            patch(name, rng).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(patches: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = NoisyClassifierConfig(block_out_channels=(8, 16))
+    few = {"size": 8, "vae": "none", "updates": 60, "warmup": 5, "batch_size": 16, "workers": 0, "model": model}
+    config = replace(train.classifier.PRESETS["clean"], data=str(patches), cache=patches.parent / "cache", **few)
+    return train.classifier.main(replace(config, output=tmp_path_factory.mktemp("judge")))
+
+
+def painter(patches: Path, output: Path, told: str) -> Path:
+    """A run that learnt to paint the patches, told which or not."""
+    unet = PixelUNetConfig(block_out_channels=(16, 32), layers_per_block=(1, 1), attention_heads=(0, 0))
+    few = {"size": 8, "vae": "none", "updates": 150, "warmup": 5, "batch_size": 16, "workers": 0, "steps": 10}
+    config = replace(PRESETS["mnist"], data=str(patches), unet=unet, text_encoder=told, ema_decay=0.95, **few)
+    return train.ldm.main(replace(config, output=output, cache=patches.parent / "cache", mixed_precision=None))
+
+
+def test_it_knows_real_pictures(judge: Path) -> None:
+    rng, classifier = np.random.default_rng(1), load_classifier(judge)
+    names = ["red", "blue", "blue", "red", "blue"] * 30
+    found = verdicts(classifier, [patch(name, rng).resize((16, 16)) for name in names])
+    assert [classifier.config.labels[i] for i in found.tolist()] == names
+
+
+def test_a_model_of_classes(judge: Path, patches: Path, tmp_path: Path) -> None:
+    model = painter(patches, tmp_path / "run", "labels")
+    result = evaluate_classes(str(model), judge, tmp_path / "out", prompts=21)
+    assert result["pictures"] == 20  # as many of each
+    assert result["right"] == 1
+    assert result["by_class"] == {"blue": 1, "red": 1}
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
+    with Image.open(tmp_path / "out" / "samples.png") as sheet:
+        colours = np.asarray(sheet)[4:68].reshape(64, -1, 3)[:, 4:-4]
+    half = colours.shape[1] // 2
+    assert colours[:, : half - 8, 2].mean() > colours[:, : half - 8, 0].mean()  # blue to the left, red to the right
+    assert colours[:, half + 8 :, 0].mean() > colours[:, half + 8 :, 2].mean()
+
+
+def test_a_model_that_is_told_nothing(judge: Path, patches: Path, tmp_path: Path) -> None:
+    model = painter(patches, tmp_path / "run", "none")
+    result = evaluate_classes(str(model), judge, tmp_path / "out", prompts=40)
+    assert sum(result["share_of_class"].values()) == pytest.approx(1)
+    assert min(result["share_of_class"].values()) > 0.2
+
+
+def test_what_it_can_not_judge(judge: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    of_latents = NoisyClassifier(NoisyClassifierConfig(labels=("a", "b"), in_channels=4, block_out_channels=(8,)))
+    with pytest.raises(ValueError, match="latents of 4 channels: expected one of pixels"):
+        verdicts(of_latents, [Image.new("RGB", (8, 8))])
+    with pytest.raises(ValueError, match="--prompts 1: expected at least 2"):
+        evaluate_classes("bundled", judge, tmp_path, prompts=1)

@@ -1,0 +1,149 @@
+"""Bits per dimension: what pictures cost under a model, by its variational bound or by its exact likelihood.
+
+Pixels of 8 bits are the alphabet. A model in pixels is asked directly; one in latents through the bound of its
+autoencoder (`ldm.elbo.latent_elbo`), whose decoder is given the one variance that suits these pictures best. What a
+model was trained to be told, captions or labels, it is told here, without guidance: these are bits given the caption.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+from tqdm import tqdm
+
+from ldm.denoiser import Denoise
+from ldm.elbo import ancestral_step, elbo, gaussian_log_likelihood, latent_elbo, pixel_log_likelihood
+from ldm.likelihood import PIXEL, bits_per_dim, dequantise, draw_probes, log_likelihood
+from ldm.samplers import picture_noise
+from ldm.schedule import VariancePreserving
+from pipelines import TextToImagePipeline
+from pipelines.folder import Model
+from train.data import generator, permutation, read_pictures, to_unit
+from train.sources import open_source
+from vae.autoencoder import Autoencoder, Identity
+
+Method = Literal["elbo", "flow"]
+Nats = Callable[[Denoise, Tensor, list[torch.Generator]], Tensor]  # (D, latents, draws) -> log p: [B]
+
+
+def measure_bits(
+    model: str | None,
+    data: str,
+    *,
+    method: Method = "elbo",
+    count: int = 256,
+    rows: int = 100,
+    tolerance: float = 1e-3,
+    batch: int = 32,
+    seed: int = 0,
+    cache: Path = Path("cache"),
+) -> dict[str, float]:
+    """Bits per dimension of `count` pictures drawn from a source, {"bits_per_dim": …, "standard_error": …, …}.
+
+    Args:
+        method: "elbo", the bound over the rows of the beta table; "flow", the likelihood under the probability flow,
+            with Hutchinson's trace: a bound as well, because pixels are spread over their level, and often tighter.
+        rows: how many rows of the table a batch asks, see `some_rows`: the mean is that of all of them.
+        tolerance: of the flow's solver.
+
+    Raises:
+        ValueError: a bound for a path that has no table, or counts that measure nothing.
+    """
+    if count < 2 or rows < 1 or batch < 1:
+        raise ValueError(f"--count {count}, --rows {rows}, --batch {batch}: expected at least 2, 1 and 1")
+    pipe = TextToImagePipeline.from_pretrained(model, dtype=torch.float32)
+    opened, device = pipe.model, pipe.device
+    schedule, size = opened.schedule, opened.size
+    last = len(schedule.table) - 1 if isinstance(schedule, VariancePreserving) else 0
+    if method == "elbo" and not last:
+        raise ValueError(f"the path of {model} has no table of rows to sum over: take --method flow")
+    pictures = read_pictures(open_source(data, size), size, cache)
+    chosen = permutation(len(pictures.captions), seed, 0)[:count]
+    images = to_unit(pictures.pixels[chosen])
+    captions = [pictures.captions[i][0] for i in chosen.tolist()]
+
+    def bound(denoise: Denoise, x0: Tensor, draws: list[torch.Generator]) -> Tensor:
+        likelihood = pixel_log_likelihood if isinstance(opened.vae, Identity) else gaussian_log_likelihood
+        asked, sizes = some_rows(last, rows, draws[0])
+        with opened.denoiser.learned_variance() as variance:
+            step = ancestral_step(denoise, variance if opened.learned_variance else "small")
+            noise = picture_noise(draws)
+            bound = elbo(step, x0, schedule, noise, log_likelihood=likelihood, rows=asked, stand_for=sizes)
+        return bound.total
+
+    def flow(denoise: Denoise, x0: Tensor, draws: list[torch.Generator]) -> Tensor:
+        probes = draw_probes(x0, picture_noise(draws))
+        low, high = schedule.sigma_min, schedule.sigma_max
+        return log_likelihood(denoise, x0, low, high, probes=probes, tolerance=tolerance).nats
+
+    nats = bound if method == "elbo" else flow
+    deviation = 0.0 if isinstance(opened.vae, Identity) else _deviation(opened.vae, images[:256].to(device))
+    bits = []
+    for part in tqdm(torch.arange(len(chosen)).split(batch), desc=f"bits by the {method}"):
+        context = opened.conditioner([captions[i] for i in part.tolist()])
+        draws = [generator(seed, i) for i in part.tolist()]
+        shown, denoise = images[part].to(device), _told(opened, context)
+        if isinstance(opened.vae, Identity):
+            bits.append(_of_pixels(opened.vae, shown, denoise, draws, nats, method))
+        else:
+            bits.append(_of_latents(opened.vae, shown, denoise, draws, nats, deviation))
+    every = torch.cat(bits)
+    result = {"bits_per_dim": float(every.mean()), "standard_error": float(every.std()) / math.sqrt(len(every))}
+    return result | {"pictures": len(every)} | ({"decoder_deviation": deviation} if deviation else {})
+
+
+def some_rows(last: int, number: int, draw: torch.Generator) -> tuple[list[int], list[int]]:
+    """Rows from 1 to `last`, at most `number` of them, and how many rows each stands for.
+
+    One is drawn from each of `number` runs of rows whose lengths grow geometrically, because the terms of the bound
+    fall about as 1 / row: the lowest rows are all asked.
+    """
+    number = min(number, last)
+    edges = [1]
+    for left in range(number, 0, -1):
+        edges.append(max(edges[-1] + 1, round(edges[-1] * ((last + 1) / edges[-1]) ** (1 / left))))
+    sizes = [high - low for low, high in pairwise(edges)]
+    chance = torch.rand(number, generator=draw).tolist()
+    return [low + int(u * size) for low, u, size in zip(edges, chance, sizes, strict=False)], sizes
+
+
+def _told(model: Model, context: dict[str, Tensor]) -> Denoise:
+    return lambda x, sigma: model.denoiser(x, sigma, context)
+
+
+@torch.no_grad()
+def _of_pixels(
+    vae: Identity, images: Tensor, denoise: Denoise, draws: list[torch.Generator], nats: Nats, method: Method
+) -> Tensor:
+    x0 = vae.encode(images).mean  # [B, 1 or 3, H, W]
+    if method == "elbo":
+        return bits_per_dim(nats(denoise, x0, draws), x0[0].numel())
+    uniform = torch.stack([torch.rand(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
+    x0 = dequantise(((x0 + 1) * 127.5).round(), uniform)
+    return bits_per_dim(nats(denoise, x0, draws), x0[0].numel(), PIXEL)
+
+
+@torch.no_grad()
+def _of_latents(
+    vae: Autoencoder, images: Tensor, denoise: Denoise, draws: list[torch.Generator], nats: Nats, deviation: float
+) -> Tensor:
+    posterior = vae.encode(images)
+    latents = posterior.sample(picture_noise(draws)(posterior.mean))
+    said = pixel_log_likelihood(images, Normal(vae.decode(latents), deviation))
+    return bits_per_dim(latent_elbo(said, nats(denoise, latents, draws), posterior), images[0].numel())
+
+
+@torch.no_grad()
+def _deviation(vae: Autoencoder, images: Tensor) -> float:
+    """Root mean square error of the reconstructions: the standard deviation under which they are likeliest."""
+    total = 0.0
+    for i, part in enumerate(images.split(32)):
+        posterior = vae.encode(part)
+        latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator(i)).to(part))
+        total += float((vae.decode(latents) - part).square().sum())
+    return math.sqrt(total / images.numel())
