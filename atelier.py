@@ -36,6 +36,10 @@ class Paint:
     """What to steer away from."""
     sampler: str | None = None
     """ddim, euler, heun, dpmpp_2m, unipc or another of `ldm.samplers.SAMPLERS`; the model's own by default."""
+    classifier: Path | None = None
+    """A classifier's run (train/classifier.py), which guides to the class that the prompt names."""
+    classifier_scale: float = 1.0
+    """Of its guidance; 1 is the class's own distribution."""
     image: Path | None = None
     """A picture to begin from, instead of noise alone."""
     strength: float = 0.8
@@ -83,6 +87,8 @@ class Paint:
                 num_images_per_prompt=min(BATCH, self.count - start),
                 seed=seed + start,
                 sampler=self.sampler,
+                classifier=self.classifier,
+                classifier_scale=self.classifier_scale,
                 image=begin,
                 strength=self.strength,
             )
@@ -161,8 +167,9 @@ class Bits:
     """Model folder, training run or hub id."""
     data: str
     """Pictures that the model has not seen, and their captions: folder, .parquet file, "shapes" or "pictograms"."""
-    method: Literal["elbo", "flow"] = "elbo"
-    """The variational bound over the rows of the beta table; or the probability flow's likelihood, for any path."""
+    method: Literal["elbo", "consistency", "flow"] = "elbo"
+    """The variational bound over the rows of the beta table, in one form or the other (docs/equations.md); or the
+    probability flow's likelihood, for any path."""
     count: int = 256
     """Pictures, drawn at random."""
     rows: int = 100
@@ -184,6 +191,9 @@ class Bits:
             seed=self.seed,
         )
         print("{bits_per_dim:.3f} ± {standard_error:.3f} bits per dimension, {pictures} pictures".format(**found))
+        terms = [f"{name} {found[name]:.3f}" for name in ("reconstruction", "prior", "denoising") if name in found]
+        if terms:
+            print("the terms of the bound: " + ", ".join(terms))
 
 
 COMMANDS = {"paint": Paint, "data": Data, "evaluate": Evaluate, "bits": Bits}

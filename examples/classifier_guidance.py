@@ -128,4 +128,7 @@ def main(
 
 
 if __name__ == "__main__":
-    print(tyro.cli(main))
+    try:
+        print(tyro.cli(main))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

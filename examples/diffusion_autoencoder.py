@@ -157,4 +157,7 @@ def main(
 
 
 if __name__ == "__main__":
-    print(tyro.cli(main))
+    try:
+        print(tyro.cli(main))
+    except ValueError as wrong:
+        sys.exit(f"error: {wrong}")

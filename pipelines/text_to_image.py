@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from conditioning.clip import ClipTextEncoder
 from conditioning.context import Context, Unconditional
+from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextEncoder
 from ldm.classifier import NoisyClassifier
 from ldm.guidance import classifier_free
@@ -163,6 +164,7 @@ class TextToImagePipeline:
         guidance_interval: tuple[float, float] | None = None,
         classifier: NoisyClassifier | str | Path | None = None,
         classifier_scale: float = 1.0,
+        variance: Literal["small", "large"] | None = None,
         clip_skip: int | None = None,
         callback: Callback | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
@@ -194,6 +196,8 @@ class TextToImagePipeline:
                 name (arXiv:2105.05233), a model that is told nothing or any other.
             classifier_scale: of its gradient: 1 is the classes' own distribution, more the surer. `ddpm`, the paper's
                 sampler, followed it better than `dpmpp_2m` did (examples/classifier_guidance.py).
+            variance: of the steps of the sampler "ddpm" (arXiv:2006.11239, section 3.2); by default the model's, which
+                may be learned, else the small one.
             clip_skip: layers of the text encoder to leave out at the end.
             callback: called at every step with (step, sigma, x at sigma, estimate of x_0), all in latents.
             output_type: "pil", "np" [N, H, W, 3] in [0, 1], "pt" [N, 3, H, W] in [0, 1], or "latent", which are as
@@ -249,6 +253,9 @@ class TextToImagePipeline:
         denoise = classifier_free(model.denoiser, cond, uncond, scale, rescale=guidance_rescale, interval=interval)
         if classifier is not None:
             denoise = guided_to(denoise, classifier, prompts, classifier_scale, unit)
+        if variance and (name != "ddpm" or variance not in ("small", "large")):
+            raise ValueError(f"variance={variance!r} with sampler {name}: expected small or large, with sampler='ddpm'")
+        fixed = {"variance": variance} if variance else {}
         chosen = SAMPLERS[name]
         if image is None:
             x = unit * chosen.initial_scale(grid, float(sigmas[0]))
@@ -264,9 +271,9 @@ class TextToImagePipeline:
                     callback(i, sigma, x, x0)
 
             reuse = model.unet.reuse_contexts() if isinstance(model.unet, UNet) else nullcontext()
-            with reuse, model.denoiser.learned_variance() as variance:
-                learned = variance if model.learned_variance else None
-                options = sampler_options(model.scheduler, name, eta, learned)
+            with reuse, model.denoiser.learned_variance() as put_out:
+                learned = put_out if model.learned_variance else None
+                options = sampler_options(model.scheduler, name, eta, learned) | fixed
                 x = chosen.function(denoise, x, sigmas, noise=noise, callback=stepped, **options)
         if output_type == "latent":
             return Output(x, seeds) if return_dict else (x, None)
@@ -278,7 +285,7 @@ class TextToImagePipeline:
         else:
             settings: dict[str, Any] = {"model": self.source, "dtype": str(self.dtype).removeprefix("torch.")}
             settings |= {"steps": steps, "sampler": name, "spacing": grid.spacing, "eta": eta}
-            settings |= {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
+            settings |= {"guidance_scale": scale, "guidance_rescale": guidance_rescale, **fixed}
             finite = interval and [min(max(level, -1e9), 1e9) for level in interval]  # JSON has no infinity
             settings["guidance_interval"] = finite
             skipped = getattr(model.conditioner, "clip_skip", 0) if clip_skip is None else clip_skip
@@ -297,6 +304,8 @@ class TextToImagePipeline:
 
     def _contexts(self, prompts: list[str], negatives: list[str], clip_skip: int | None) -> tuple[Context, Context]:
         conditioner = self.model.conditioner
+        if isinstance(conditioner, SemanticEncoder):
+            raise ValueError("this is a diffusion autoencoder, told pictures: open it by DiffusionAutoencoderPipeline")
         if clip_skip and not isinstance(conditioner, ClipTextEncoder):
             raise ValueError("clip_skip belongs to a model with a CLIP text encoder")
         if not isinstance(conditioner, TextEncoder):

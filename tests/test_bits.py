@@ -98,7 +98,16 @@ def test_the_bound_of_a_gaussian_model(in_pixels: Path, pictures: Path, tmp_path
         assert found["pictures"] == 12
         assert found["bits_per_dim"] == pytest.approx(exact_bound(images), abs=0.08)
         assert 0 < found["standard_error"] < 0.2
+        assert found["reconstruction"] + found["prior"] + found["denoising"] == pytest.approx(found["bits_per_dim"])
+        assert 0 < found["prior"] < 1e-4 < found["reconstruction"]
     assert entropy(images) < exact_bound(images) < entropy(images) + 1
+
+
+def test_the_other_form_has_the_same_mean(in_pixels: Path, pictures: Path, tmp_path: Path) -> None:
+    """And far more variance over a thousand rows."""
+    found = measure_bits(str(in_pixels), str(pictures), method="consistency", count=12, rows=1000, cache=tmp_path)
+    assert 0.5 < found["standard_error"] < 3
+    assert found["bits_per_dim"] == pytest.approx(exact_bound(read(pictures)), abs=4 * found["standard_error"])
 
 
 @pytest.mark.parametrize("number", [1, 2, 7, 100, 998, 999, 2000])

@@ -240,6 +240,18 @@ def test_parquet_written_by_datasets(tmp_path: Path) -> None:
     assert "columns 'photo' and 'words'" in describe(source, 8)
 
 
+def test_names_of_classes_are_captions_where_there_are_no_texts(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()})
+    rows = {"label": [1, 0, -1], "image": [Image.new("RGB", (8, 8), c) for c in ("red", "lime", "blue")]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    source = open_source(str(tmp_path / "a.parquet"), 8)
+    assert said(source) == [("dog",), ("cat",), ()]  # -1 is no class
+    assert source[1].image.getpixel((0, 0)) == (0, 255, 0)
+    assert "columns 'image' and 'label as text'" in describe(source, 8)
+
+
 @pytest.mark.parametrize("images", ["struct", "binary"])
 def test_parquet_columns_are_found_by_type(tmp_path: Path, images: str) -> None:
     data = [png("red"), png("blue")]

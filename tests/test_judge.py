@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import train.classifier
@@ -14,6 +13,7 @@ import train.ldm
 from ldm.classifier import NoisyClassifier, NoisyClassifierConfig
 from ldm.pixel_unet import PixelUNetConfig
 from pipelines.classifier import load_classifier
+from pipelines.files import save_network
 from train.judge import evaluate_classes, verdicts
 from train.presets import PRESETS
 
@@ -82,9 +82,9 @@ def test_a_model_that_is_told_nothing(judge: Path, patches: Path, tmp_path: Path
 
 
 def test_what_it_can_not_judge(judge: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    of_latents = NoisyClassifier(NoisyClassifierConfig(labels=("a", "b"), in_channels=4, block_out_channels=(8,)))
+    config = NoisyClassifierConfig(labels=("a", "b"), in_channels=4, block_out_channels=(8,))
+    save_network(NoisyClassifier(config), tmp_path / "of_latents")
     with pytest.raises(ValueError, match="latents of 4 channels: expected one of pixels"):
-        verdicts(of_latents, [Image.new("RGB", (8, 8))])
+        evaluate_classes("bundled", tmp_path / "of_latents", tmp_path)
     with pytest.raises(ValueError, match="--prompts 1: expected at least 2"):
         evaluate_classes("bundled", judge, tmp_path, prompts=1)

@@ -158,14 +158,20 @@ def test_what_a_scheduler_config_says_reaches_the_sampler() -> None:
     assert sampler_options(config, "dpmpp_2m", 0.0) == {}
 
 
-def test_the_large_variance_of_ddpm_is_the_folders_choice(model_folder: Path) -> None:
+def test_the_large_variance_of_ddpm_is_the_folders_choice_or_the_calls(model_folder: Path) -> None:
     model = load_model(model_folder)
     call = {"sampler": "ddpm", "seed": 1, "output_type": "latent"}
     small = TextToImagePipeline(model)(PROMPTS[0], **call).images
     model.scheduler |= {"_class_name": "DDPMScheduler", "variance_type": "fixed_large"}
-    assert not TextToImagePipeline(model)(PROMPTS[0], **call).images.equal(small)
+    large = TextToImagePipeline(model)(PROMPTS[0], **call).images
+    assert not large.equal(small)
+    assert TextToImagePipeline(model)(PROMPTS[0], variance="small", **call).images.equal(small)
     model.scheduler["variance_type"] = "fixed_small_log"
     assert TextToImagePipeline(model)(PROMPTS[0], **call).images.equal(small)
+    assert TextToImagePipeline(model)(PROMPTS[0], variance="large", **call).images.equal(large)
+    for wrong in ({"variance": "middling"}, {"variance": "small", "sampler": "ddim"}):
+        with pytest.raises(ValueError, match="expected small or large, with sampler='ddpm'"):
+            TextToImagePipeline(model)(PROMPTS[0], **(call | wrong))
 
 
 @pytest.mark.parametrize(

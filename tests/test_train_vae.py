@@ -16,7 +16,7 @@ from pipelines.files import load_autoencoder
 from train.data import read_pictures, to_unit
 from train.sources import open_source
 from train.state import checkpoints
-from train.vae import TINY, Config, crops, main, new_autoencoder, normalise_latents, reconstruct
+from train.vae import TINY, Config, crops, main, new_autoencoder, normalise_latents, paint_samples, reconstruct
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 from vae.losses import LossWeights
 
@@ -205,6 +205,13 @@ def test_a_plain_vae_learns_its_bound_and_shows_samples(config: Config, tmp_path
     output, numbers = run(replace(config, loss=loss, **some), tmp_path)
     bounds = [n["elbo"] for n in numbers if "elbo" in n]
     assert bounds[-1] < bounds[0] - 0.2  # nats a value
+    raw: list[torch.Tensor] = []
+    vae = Autoencoder(replace(MODEL, scaling_factor=0.18215, shift_factor=0.3))
+    assert vae.post_quant_conv is not None
+    vae.post_quant_conv.register_forward_hook(lambda module, args, output: raw.append(args[0]))
+    paint_samples(vae, 16, torch.device("cpu"))
+    assert float(raw[0].std()) == pytest.approx(1, abs=0.05)  # the prior of the raw latent
+    assert float(raw[0].mean()) == pytest.approx(0, abs=0.05)
     with Image.open(output / "samples" / "0000150.png") as sheet:
         # 32 pairs, of 40 pictures, then 32 samples: 12 rows of 8 tiles.
         assert sheet.size == (8 * 68 + 4, 12 * 68 + 4)

@@ -17,7 +17,7 @@ from torch.distributions import Normal
 from tqdm import tqdm
 
 from ldm.denoiser import Denoise
-from ldm.elbo import ancestral_step, elbo, gaussian_log_likelihood, latent_elbo, pixel_log_likelihood
+from ldm.elbo import ancestral_step, consistency_elbo, elbo, gaussian_log_likelihood, latent_elbo, pixel_log_likelihood
 from ldm.likelihood import PIXEL, bits_per_dim, dequantise, draw_probes, log_likelihood
 from ldm.samplers import picture_noise
 from ldm.schedule import VariancePreserving
@@ -27,7 +27,8 @@ from train.data import generator, permutation, read_pictures, to_unit
 from train.sources import open_source
 from vae.autoencoder import Autoencoder, Identity
 
-Method = Literal["elbo", "flow"]
+Method = Literal["elbo", "consistency", "flow"]
+FORMS = {"elbo": elbo, "consistency": consistency_elbo}
 Nats = Callable[[Denoise, Tensor, list[torch.Generator]], Tensor]  # (D, latents, draws) -> log p: [B]
 
 
@@ -45,9 +46,13 @@ def measure_bits(
 ) -> dict[str, float]:
     """Bits per dimension of `count` pictures drawn from a source, {"bits_per_dim": …, "standard_error": …, …}.
 
+    Of the bound of a model in pixels also its three terms, which add up to it. The error is that of the choice of
+    pictures; a batch shares its rows.
+
     Args:
-        method: "elbo", the bound over the rows of the beta table; "flow", the likelihood under the probability flow,
-            with Hutchinson's trace: a bound as well, because pixels are spread over their level, and often tighter.
+        method: "elbo", the bound over the rows of the beta table, or "consistency", its other form; "flow", the
+            likelihood under the probability flow, with Hutchinson's trace: a bound as well, because pixels are spread
+            over their level, and often tighter.
         rows: how many rows of the table a batch asks, see `some_rows`: the mean is that of all of them.
         tolerance: of the flow's solver.
 
@@ -60,9 +65,9 @@ def measure_bits(
     opened, device = pipe.model, pipe.device
     schedule, size = opened.schedule, opened.size
     last = len(schedule.table) - 1 if isinstance(schedule, VariancePreserving) else 0
-    if method == "elbo" and not last:
+    if method in FORMS and not last:
         raise ValueError(f"the path of {model} has no table of rows to sum over: take --method flow")
-    pictures = read_pictures(open_source(data, size), size, cache)
+    pictures = read_pictures(open_source(data, size, split="held_out"), size, cache)
     chosen = permutation(len(pictures.captions), seed, 0)[:count]
     images = to_unit(pictures.pixels[chosen])
     captions = [pictures.captions[i][0] for i in chosen.tolist()]
@@ -73,7 +78,11 @@ def measure_bits(
         with opened.denoiser.learned_variance() as variance:
             step = ancestral_step(denoise, variance if opened.learned_variance else "small")
             noise = picture_noise(draws)
-            bound = elbo(step, x0, schedule, noise, log_likelihood=likelihood, rows=asked, stand_for=sizes)
+            bound = FORMS[method](step, x0, schedule, noise, log_likelihood=likelihood, rows=asked, stand_for=sizes)
+        if isinstance(opened.vae, Identity):
+            costs = {"reconstruction": -bound.reconstruction, "prior": bound.prior, "denoising": bound.denoising}
+            for name, cost in costs.items():
+                terms[name] = terms.get(name, 0.0) + float(bits_per_dim(-cost, x0[0].numel()).sum())
         return bound.total
 
     def flow(denoise: Denoise, x0: Tensor, draws: list[torch.Generator]) -> Tensor:
@@ -81,7 +90,8 @@ def measure_bits(
         low, high = schedule.sigma_min, schedule.sigma_max
         return log_likelihood(denoise, x0, low, high, probes=probes, tolerance=tolerance).nats
 
-    nats = bound if method == "elbo" else flow
+    terms: dict[str, float] = {}  # summed over pictures
+    nats = flow if method == "flow" else bound
     deviation = 0.0 if isinstance(opened.vae, Identity) else _deviation(opened.vae, images[:256].to(device))
     bits = []
     for part in tqdm(torch.arange(len(chosen)).split(batch), desc=f"bits by the {method}"):
@@ -94,6 +104,7 @@ def measure_bits(
             bits.append(_of_latents(opened.vae, shown, denoise, draws, nats, deviation))
     every = torch.cat(bits)
     result = {"bits_per_dim": float(every.mean()), "standard_error": float(every.std()) / math.sqrt(len(every))}
+    result |= {name: bits / len(every) for name, bits in terms.items()}
     return result | {"pictures": len(every)} | ({"decoder_deviation": deviation} if deviation else {})
 
 
@@ -121,7 +132,7 @@ def _of_pixels(
     vae: Identity, images: Tensor, denoise: Denoise, draws: list[torch.Generator], nats: Nats, method: Method
 ) -> Tensor:
     x0 = vae.encode(images).mean  # [B, 1 or 3, H, W]
-    if method == "elbo":
+    if method in FORMS:
         return bits_per_dim(nats(denoise, x0, draws), x0[0].numel())
     uniform = torch.stack([torch.rand(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
     x0 = dequantise(((x0 + 1) * 127.5).round(), uniform)

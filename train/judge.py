@@ -28,16 +28,8 @@ SHOWN = 8  # samples of a class on the sheet
 
 @torch.no_grad()
 def verdicts(judge: NoisyClassifier, images: list[Image.Image]) -> torch.Tensor:
-    """The likeliest class of each picture, its place in `judge.config.labels`: [N].
-
-    Raises ValueError for a classifier of latents.
-    """
+    """The likeliest class of each picture, its place in `judge.config.labels`: [N]."""
     config = judge.config
-    if config.in_channels not in (1, 3):
-        raise ValueError(
-            f"this judge looks at latents of {config.in_channels} channels: expected one of pixels "
-            "(train/classifier.py --preset clean)"
-        )
     pixels = torch.stack([torch.from_numpy(fit(image, config.sample_size).copy()) for image in images])
     found = []
     for i, part in enumerate(pixels.split(100)):
@@ -52,10 +44,15 @@ def evaluate_classes(model: str, judge: Path, out: Path, *, prompts: int = 100, 
 
     Of a model that is told nothing it says which classes came, evenly or not. Returns what evaluation.json holds.
     """
+    classifier = load_classifier(judge)
+    names, channels = classifier.config.labels, classifier.config.in_channels
+    if channels not in (1, 3):
+        raise ValueError(
+            f"the judge {judge} looks at latents of {channels} channels: expected one of pixels "
+            "(train/classifier.py --preset clean)"
+        )
     pipe = TextToImagePipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    classifier = load_classifier(judge)
-    names = classifier.config.labels
     each = prompts // len(names)
     if not each:
         raise ValueError(f"--prompts {prompts}: expected at least {len(names)}, one for each class of the judge")

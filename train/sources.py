@@ -254,9 +254,15 @@ def _open_parquet(files: list[Path]) -> ParquetSource:
     features = rows.features
     images = [n for n, f in features.items() if isinstance(f, datasets.Image) or _image_struct(f)]
     texts = [n for n, f in features.items() if _is_text(f)]
+    classes = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    if images and classes and not texts:  # MNIST and CIFAR-10 as most have them: the names of the classes are captions
+        names = features[classes[0]].names
+        said = [names[label] if label is not None and label >= 0 else None for label in rows[classes[0]]]
+        texts = [f"{classes[0]} as text"]
+        rows = rows.add_column(texts[0], said)
     if not images or not texts:
         kinds = ", ".join(f"{n}: {f}" for n, f in features.items())
-        raise ValueError(f"{files[0]} needs a column of pictures and one of texts; its columns are {kinds}")
+        raise ValueError(f"{files[0]} needs a column of pictures and one of texts or classes; its columns are {kinds}")
     texts.sort(key=lambda n: ("text", "caption", "prompt").index(n) if n in ("text", "caption", "prompt") else 3)
     for name in images:
         if not isinstance(features[name], datasets.Image):
