@@ -174,9 +174,12 @@ SMALL_SETS = {
         unet=replace(SMALL_PIXELS, attention_heads=(0, 0, 0)),
         output=Path("runs/cifar10-small-without-attention"),
     ),
+    # 13 min 0 s, 83 pictures/s: 3.52 ± 0.03 bits (64 pictures, 50 rows), 1.98 of it for the last step; errors 0.0320,
+    # 0.0756, 0.1563, 0.2889, 0.6577.
     "cifar10-small-unconditional": replace(
         PHOTOS, text_encoder="none", output=Path("runs/cifar10-small-unconditional"), updates=2000, **ON_TABLE
     ),
+    # Not trained yet.
     "cifar10-text": replace(
         PHOTOS,
         text_encoder="bundled",
@@ -189,8 +192,10 @@ SMALL_SETS = {
     # In the latents of `train/vae.py --preset cifar10`. 8 min 17 s, 177 pictures/s: the grounds and colours of the
     # classes are right, there are no things yet; 5.65 ± 0.06 bits (128 pictures, 50 rows), told the class.
     "cifar10-latent": replace(LATENT_PHOTOS, output=Path("runs/cifar10-latent")),
+    # Not trained yet.
     "cifar10-latent-unconditional": replace(
         LATENT_PHOTOS, text_encoder="none", output=Path("runs/cifar10-latent-unconditional")
     ),
+    # Errors 0.0406, 0.1050, 0.2207, 0.3734, 0.7083; told the class they are 0.0426, 0.1110, 0.2299, 0.3817, 0.7158.
     "cifar10-latent-text": replace(LATENT_PHOTOS, text_encoder="bundled", output=Path("runs/cifar10-latent-text")),
 }
