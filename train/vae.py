@@ -126,7 +126,8 @@ PRESETS = {
         batch_size=64,
         learning_rate=3e-3,
     ),
-    # Likewise, a plain VAE, 16 numbers a picture, trained on its bound; samples are below the reconstructions.
+    # Likewise, a plain VAE, 16 numbers a picture, trained on its bound; samples are below the reconstructions. About 17
+    # minutes at 122 crops/s: 22.4 dB, a bound of 0.35 nats of density for each value, most samples are digits.
     "mnist-elbo": Config(
         data="",
         output=Path("runs/mnist-elbo"),
