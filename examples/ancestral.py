@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from examples.toys import Mixture, figure, normal, save
+from examples.toys import Mixture, distance, figure, normal, save
 from ldm.forward import large_variance, posterior_variance
 from ldm.samplers import LogVariance, ddpm
 from ldm.schedule import EDM, step_grid
@@ -43,11 +43,6 @@ def optimal(data: Mixture, sigmas: Tensor) -> LogVariance:
         return (exact / small).log() / math.log(large / small)
 
     return variance
-
-
-def distance(x: Tensor, exact: Tensor) -> float:
-    """Wasserstein's first distance of [N, 1] from as many quantiles, in their standard deviations."""
-    return float((x.sort(0).values - exact).abs().mean() / exact.std())
 
 
 def main(out: Path = Path("runs/examples"), small: bool = False) -> dict[str, dict[str, list[float]]]:

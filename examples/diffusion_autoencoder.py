@@ -30,6 +30,7 @@ from pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
 from train import diffae
 from train.data import fit, permutation
 from train.grid import grid
+from train.judge import verdicts
 from train.sources import open_source
 
 COLUMNS, REACH = 8, 3.0  # pictures in a row; how far an attribute is moved, in standard deviations of the codes
@@ -90,9 +91,7 @@ def trained(out: Path) -> Path:
 def judged(pipe: DiffusionAutoencoderPipeline, judge: Path, images: list[Image.Image], classes: list[str]) -> float:
     """The share of variations, one of each picture, that are of the picture's class."""
     classifier = load_classifier(judge)
-    x0 = torch.from_numpy(grey(pipe.vary(images, seed=0)))[:, None] * 2 - 1
-    with torch.no_grad():
-        found = classifier(x0, 0.05).argmax(1).tolist()
+    found = verdicts(classifier, pipe.vary(images, seed=0)).tolist()
     return float(np.mean([classifier.config.labels[i] == name for i, name in zip(found, classes, strict=True)]))
 
 

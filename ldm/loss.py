@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Context, Denoiser, row_before
+from ldm.denoiser import Context, Denoiser, _wide, row_before
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 
 Weight = Callable[[Tensor], Tensor]  # sigma [B] -> weight [B] on the square error of x_0
@@ -285,7 +285,7 @@ def step_divergence(x0: Tensor, estimate: Tensor, v: Tensor, sigma: Tensor, sche
 
 def _noised(x0: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """x_0 in float32 or better, and x = x_0 + sigma * noise."""
-    x0 = x0 if x0.dtype == torch.float64 else x0.float()
+    x0 = _wide(x0)
     return x0, x0 + sigma.to(x0).view(-1, *[1] * (x0.ndim - 1)) * noise
 
 

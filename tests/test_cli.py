@@ -181,6 +181,13 @@ def test_evaluation_refuses_what_it_can_not_judge(
         call(monkeypatch, "evaluate", model_folder, "--prompts", "1")
 
 
+def test_bits_and_classifiers_are_reached(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"^error: --data 'nowhere' does not exist"):
+        call(monkeypatch, "bits", model_folder, "--data", "nowhere")
+    with pytest.raises(SystemExit, match=r"^error: .*nothing"):
+        call(monkeypatch, "a fox", "--model", model_folder, "--steps", "1", "--classifier", tmp_path / "nothing")
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import json, sys, atelier\n"

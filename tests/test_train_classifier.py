@@ -16,6 +16,7 @@ import train.classifier
 from ldm.classifier import NoisyClassifierConfig
 from pipelines.classifier import load_classifier
 from train.classifier import PRESETS, Config, classes_of, main
+from train.sources import FolderSource
 from train.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -124,13 +125,19 @@ def test_bad_settings_say_what_was_got(config: Config, pictures: Path, tmp_path:
     with pytest.raises(ValueError, match="--size 18: expected a multiple of 4"):
         main(replace(config, output=tmp_path, size=18, vae=str(tiny_autoencoder(tmp_path))))
     with pytest.raises(ValueError, match=r"3 pictures of 3 classes \(the first captions, for instance 'a'\)"):
-        classes_of([("a",), ("b",), ("c",)])
+        classes_of(captioned([("a",), ("b",), ("c",)]))
+    with pytest.raises(ValueError, match=r"0 pictures of 0 classes \(the first captions, for instance None"):
+        classes_of(captioned([]))
     with pytest.raises(ValueError, match="3 pictures of 1 classes"):
-        classes_of([("a",)] * 3)
-    assert classes_of([("b", "x"), ("a",), ("b",), ("a", "y")]) == ("a", "b")
+        classes_of(captioned([("a",)] * 3))
+    assert classes_of(captioned([("b", "x"), ("a",), ("b",), ("a", "y")])) == ("a", "b")
     with pytest.raises(ValueError, match="--batch-size is 0"):
         replace(config, batch_size=0)
     assert all(isinstance(preset, Config) for preset in PRESETS.values())
+
+
+def captioned(captions: list[tuple[str, ...]]) -> FolderSource:
+    return FolderSource([Path("unread.png")] * len(captions), captions, "a test")
 
 
 def tiny_autoencoder(folder: Path) -> Path:

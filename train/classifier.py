@@ -29,7 +29,7 @@ from train.cache import Latents, cache_latents
 from train.config import parse
 from train.data import draws, generator, permutation
 from train.launch import MixedPrecision, memory_format, start
-from train.sources import describe, open_source
+from train.sources import Source, describe, first_captions, open_source
 from train.state import clamp_warmup, learning_rate, resume, save_checkpoint
 
 SMALL = NoisyClassifierConfig()
@@ -82,12 +82,13 @@ PRESETS = {
 }
 
 
-def classes_of(captions: list[tuple[str, ...]]) -> tuple[str, ...]:
+def classes_of(source: Source) -> tuple[str, ...]:
     """The distinct first captions, sorted; ValueError where they can't be classes."""
-    names = tuple(sorted({group[0] for group in captions}))
-    if len(names) < 2 or 2 * len(names) > len(captions):
+    names = tuple(sorted(first_captions(source)))
+    if len(names) < 2 or 2 * len(names) > len(source):
+        some = names[0] if names else None
         raise ValueError(
-            f"{len(captions)} pictures of {len(names)} classes (the first captions, for instance {names[0]!r}): "
+            f"{len(source)} pictures of {len(names)} classes (the first captions, for instance {some!r}): "
             "expected at least two classes, and two pictures of each: give a folder of class folders, or a parquet "
             "file whose text names the class"
         )
@@ -122,8 +123,8 @@ def main(config: Config) -> Path:
 
     source = open_source(config.data, size, font=config.font)
     accelerator.print(describe(source, size))
+    names = classes_of(source)  # before the pictures are read, which may take long
     everything = cache_latents(source, vae, size, config.cache, accelerator, config.workers)
-    names = classes_of(everything.captions)
     place = {name: i for i, name in enumerate(names)}
     classes = torch.tensor([place[group[0]] for group in everything.captions])
     count = len(classes)
