@@ -80,8 +80,8 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: a network of half precision that predicts the mean.
         """
-        x, sigma = _wide(x), self._level(x, sigma)
-        scaled = _over(self.schedule.alpha(sigma), x) * x
+        x, sigma = widened(x), self._level(x, sigma)
+        scaled = per_picture(self.schedule.alpha(sigma), x) * x
         weight = next(self.network.parameters(), None)
         if weight is not None:
             scaled = scaled.to(weight.dtype)
@@ -113,7 +113,7 @@ class Denoiser(nn.Module):
                     f"a learned variance needs a network of {2 * x.shape[1]} output channels, two for each of x; "
                     f"this one has {output.shape[1]}"
                 )
-            return (output[:, x.shape[1] :].to(_wide(x).dtype) + 1) / 2
+            return (output[:, x.shape[1] :].to(widened(x).dtype) + 1) / 2
 
         def keep(network: nn.Module, args: Any, output: Tensor) -> None:
             kept[:] = [output]
@@ -130,25 +130,25 @@ class Denoiser(nn.Module):
 
     def to_sample(self, x: Tensor, output: Tensor, sigma: Tensor | float) -> Tensor:
         """Estimate of x_0 from the network's output at x; like x."""
-        x = _wide(x)
+        x = widened(x)
         c_skip, c_out = self.coefficients(self._level(x, sigma))
-        return _over(c_skip, x) * x + _over(c_out, x) * output.to(x.dtype)
+        return per_picture(c_skip, x) * x + per_picture(c_out, x) * output.to(x.dtype)
 
     def to_output(self, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
         """The network's output at x that stands for an estimate of x_0: the inverse of `to_sample`."""
-        x = _wide(x)
+        x = widened(x)
         c_skip, c_out = self.coefficients(self._level(x, sigma))
-        return (x0 - _over(c_skip, x) * x) / _over(c_out, x)
+        return (x0 - per_picture(c_skip, x) * x) / per_picture(c_out, x)
 
     def network_target(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
         """What the network should put out at x = x0 + sigma * noise; like x0."""
-        x0 = _wide(x0)
-        return self.to_output(x0 + _over(self._level(x0, sigma), x0) * noise, x0, sigma)
+        x0 = widened(x0)
+        return self.to_output(x0 + per_picture(self._level(x0, sigma), x0) * noise, x0, sigma)
 
     @staticmethod
     def _level(x: Tensor, sigma: Tensor | float) -> Tensor:
         """Sigma as [B], on x's device, in float32 or better."""
-        dtype = _wide(x).dtype
+        dtype = widened(x).dtype
         if not isinstance(sigma, Tensor):
             return torch.full((len(x),), sigma, dtype=dtype, device=x.device)
         if sigma.ndim > 1 or sigma.numel() not in (1, len(x)):
@@ -158,44 +158,44 @@ class Denoiser(nn.Module):
 
 def epsilon_from(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
     """The noise in x if x_0 is the estimate; dx/dsigma of the probability flow (arXiv:2206.00364, equation 1)."""
-    return (x - x0) / _over(sigma, x)
+    return (x - x0) / per_picture(sigma, x)
 
 
 def score_from(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
     """Gradient of the log-density of x (Tweedie's formula). For that of x_t = alpha * x divide by alpha."""
-    return (x0 - x) / _over(sigma, x) ** 2
+    return (x0 - x) / per_picture(sigma, x) ** 2
 
 
 def v_from(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
     """v = alpha_t eps - sigma_t x_0 where alpha_t² + sigma_t² = 1: variance preserving (arXiv:2202.00512, app. D)."""
-    sigma = _over(sigma, x)
+    sigma = per_picture(sigma, x)
     return ((x - x0) / sigma - sigma * x0) / (1 + sigma**2) ** 0.5
 
 
 def velocity_from(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
     """Velocity eps - x_0 of the straight path (arXiv:2209.03003)."""
-    return (x - x0) / _over(sigma, x) - x0
+    return (x - x0) / per_picture(sigma, x) - x0
 
 
 def sample_from_epsilon(x: Tensor, epsilon: Tensor, sigma: Tensor | float) -> Tensor:
     """Estimate of x_0 from one of the noise: the inverse of `epsilon_from`."""
-    return x - _over(sigma, x) * epsilon
+    return x - per_picture(sigma, x) * epsilon
 
 
 def sample_from_score(x: Tensor, score: Tensor, sigma: Tensor | float) -> Tensor:
     """Estimate of x_0 from the score at x (Tweedie's formula): the inverse of `score_from`."""
-    return x + _over(sigma, x) ** 2 * score
+    return x + per_picture(sigma, x) ** 2 * score
 
 
 def sample_from_v(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
     """Estimate of x_0 from v: the inverse of `v_from`."""
-    sigma = _over(sigma, x)
+    sigma = per_picture(sigma, x)
     return x / (1 + sigma**2) - sigma / (1 + sigma**2) ** 0.5 * v
 
 
 def sample_from_velocity(x: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
     """Estimate of x_0 from the velocity: the inverse of `velocity_from`."""
-    sigma = _over(sigma, x)
+    sigma = per_picture(sigma, x)
     return (x - sigma * velocity) / (1 + sigma)
 
 
@@ -233,12 +233,12 @@ def _check_fit(schedule: NoiseSchedule, prediction: str, sigma_data: float) -> N
         )
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """x in float32 at least: nothing outside the network is computed in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _over(values: Tensor | float, x: Tensor) -> Tensor | float:
+def per_picture(values: Tensor | float, x: Tensor) -> Tensor | float:
     """Values [B] shaped to multiply x [B, ...]; one number stays one number."""
     if isinstance(values, Tensor) and values.ndim:
         return values.view(-1, *[1] * (x.ndim - 1))

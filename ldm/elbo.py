@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ldm.denoiser import Denoise, _wide
+from ldm.denoiser import Denoise, widened
 from ldm.forward import large_variance, marginal, posterior, transition
 from ldm.samplers import LogVariance
 from ldm.schedule import NoiseSchedule, VariancePreserving
@@ -94,7 +94,7 @@ def elbo(
         ValueError: a schedule that is not a beta table, rows that it does not have or whose weights are not as many,
             or pictures not of 8 bits.
     """
-    x0, sigmas = _wide(x0), _levels(schedule)
+    x0, sigmas = widened(x0), _levels(schedule)
     reconstruction = _reconstruction(step, x0, sigmas[0], noise, log_likelihood or pixel_log_likelihood)
     prior = _sum(kl_divergence(marginal(x0, sigmas[-1]), _prior(x0, sigmas[-1])))
 
@@ -127,7 +127,7 @@ def consistency_elbo(
 
     Arguments, result and errors: as of `elbo`; `noise` is drawn three times a row.
     """
-    x0, sigmas = _wide(x0), [0.0, *_levels(schedule)]  # x_0 is a level of its own here: of each row, one more
+    x0, sigmas = widened(x0), [0.0, *_levels(schedule)]  # x_0 is a level of its own here: of each row, one more
     reconstruction = _reconstruction(step, x0, sigmas[1], noise, log_likelihood or pixel_log_likelihood)
     before_last = _draw(marginal(x0, sigmas[-2]), noise)
     prior = _sum(kl_divergence(transition(before_last, sigmas[-2], sigmas[-1]), _prior(x0, sigmas[-1])))

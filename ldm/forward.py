@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from ldm.denoiser import Denoise, _over, score_from
+from ldm.denoiser import Denoise, per_picture, score_from
 from ldm.steps import Callback, Noise, drawn, steps_of
 
 Level = Tensor | float
@@ -133,4 +133,4 @@ def _normal(mean: Tensor, std: Level) -> Normal:
 
 def _like(values: Level, x: Tensor) -> Level:
     """Values [B] in x's dtype, on its device and in the shape to multiply it; one number stays one number."""
-    return _over(values.to(x), x) if isinstance(values, Tensor) else values
+    return per_picture(values.to(x), x) if isinstance(values, Tensor) else values

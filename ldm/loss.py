@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Context, Denoiser, _wide, row_before
+from ldm.denoiser import Context, Denoiser, row_before, widened
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 
 Weight = Callable[[Tensor], Tensor]  # sigma [B] -> weight [B] on the square error of x_0
@@ -192,8 +192,12 @@ def training_weight(
 
     Raises:
         ValueError: an unknown name; or min-SNR without a floor on a schedule that ends in pure noise, where its
-            weight, 6e-8, would leave the last step untrained.
+            weight, 6e-8, would leave the last step untrained; or another than "elbo" for the prediction "mean".
     """
+    if denoiser.prediction == "mean" and name != "elbo":
+        raise ValueError(
+            f"a network that predicts the mean learns by the weight elbo (its own error has no scale); got {name}"
+        )
     if name == "plain":
         return Plain(denoiser)
     if name == "edm":
@@ -285,7 +289,7 @@ def step_divergence(x0: Tensor, estimate: Tensor, v: Tensor, sigma: Tensor, sche
 
 def _noised(x0: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """x_0 in float32 or better, and x = x_0 + sigma * noise."""
-    x0 = _wide(x0)
+    x0 = widened(x0)
     return x0, x0 + sigma.to(x0).view(-1, *[1] * (x0.ndim - 1)) * noise
 
 

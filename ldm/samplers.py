@@ -178,7 +178,8 @@ def invert(
     """Encoding: up the probability flow, to the noise that the deterministic samplers turn back into x.
 
     Order 1 is DDIM's inversion (arXiv:2010.02502, section 4.3), Euler's method, order 2 Heun's, with two evaluations a
-    step. The step from 0, where the flow's slope has no quotient, is an Euler step along the slope at its upper end.
+    step. The step from 0, where the flow's slope has no quotient, is an Euler step along the slope at its upper end;
+    one to pure noise (sigma >= 4096) is an Euler step as in `heun`, which it undoes.
 
     Args:
         x: [B, C, H, W], x_0 where sigmas[0] is 0.
@@ -201,7 +202,7 @@ def invert(
             callback(i, sigma, x, x0)
         slope = epsilon_from(x, x0, level)
         ahead = x + (upper - sigma) * slope
-        if order == 2 and sigma > 0:
+        if order == 2 and sigma > 0 and upper < SIGMA_INFINITY:
             slope_ahead = epsilon_from(ahead, denoise(ahead, upper), upper)
             ahead = x + (upper - sigma) * (slope + slope_ahead) / 2
         x = ahead

@@ -10,7 +10,6 @@ noise (DDIM's inversion), and from noise down to a picture. `train/diffae.py` tr
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +30,7 @@ from pipelines.picture import to_pil
 from pipelines.text_to_image import best_device, usable_device
 
 ORDERS = {"ddim": 1, "heun": 2}  # the deterministic samplers, and the order of the inversion that each undoes
+BATCH = 32  # pictures encoded or decoded at once: the memory of any number
 
 
 class DiffusionAutoencoderPipeline:
@@ -39,7 +39,7 @@ class DiffusionAutoencoderPipeline:
     Pictures go in as PIL pictures, one or a list, or as [N, 3, H, W] or [N, H, W, 3] in [0, 1]; they are brought to the
     size that the model was trained on, the middle square of PIL pictures. They come out as PIL pictures. Picture i of a
     call gets the noise of seed + i. `steps` and `sampler` ("ddim", or "heun", two evaluations a step) are by default
-    the model's; the same are wanted for encoding and decoding.
+    the model's; the same are wanted for encoding and decoding. However many the pictures, 32 are in work at once.
     """
 
     def __init__(self, model: Model):
@@ -48,7 +48,8 @@ class DiffusionAutoencoderPipeline:
                 f"this model is told {type(model.conditioner).__name__}, not pictures: open it with "
                 "TextToImagePipeline, or train a diffusion autoencoder with train/diffae.py"
             )
-        self.model, self.encoder = model, model.conditioner
+        assert isinstance(model.unet, UNet)  # what is told a code attends to it
+        self.model, self.unet, self.encoder = model, model.unet, model.conditioner
 
     @classmethod
     def from_pretrained(
@@ -73,62 +74,91 @@ class DiffusionAutoencoderPipeline:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.unet.parameters()).device
+        return next(self.unet.parameters()).device
 
     @torch.no_grad()
     def semantic(self, images: Any) -> Tensor:
         """The semantic codes alone, [N, D]."""
-        return torch.cat([self.encoder.encode(part) for part in self._images(images).split(64)])
+        return torch.cat([self.encoder.encode(part) for part in self._images(images).split(BATCH)])
 
     @torch.no_grad()
     def encode(self, images: Any, *, steps: int | None = None, sampler: str | None = None) -> Codes:
         """Both codes; the stochastic one, [N, C, h, w], is about unit normal."""
-        pictures = self._images(images)
-        semantic = self.encoder.encode(pictures)
-        latents = self.model.vae.encode(pictures.to(self.model.unet.dtype)).mean
         sigmas, name = self._levels(steps, sampler)
-        with self._contexts_kept():
-            x = invert(self._denoise(semantic), latents, sigmas.flip(0), order=ORDERS[name])
-        return Codes(semantic, x / float(1 + sigmas[0] ** 2) ** 0.5)
+
+        def encoded(pictures: Tensor) -> Codes:
+            semantic = self.encoder.encode(pictures)
+            latents = self.model.vae.encode(pictures.to(self.unet.dtype)).mean
+            with self.unet.reuse_contexts():
+                x = invert(self._denoise(semantic), latents, sigmas.flip(0), order=ORDERS[name])
+            return Codes(semantic, x / float(1 + sigmas[0] ** 2) ** 0.5)
+
+        parts = [encoded(pictures) for pictures in self._images(images).split(BATCH)]
+        return Codes(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def latents(self, codes: Codes, *, steps: int | None = None, sampler: str | None = None) -> Tensor:
         """The autoencoder's latents that codes stand for, [N, C, h, w]; pictures, where the model works on pixels."""
+        if len(codes.semantic) != len(codes.stochastic):
+            got = f"{len(codes.semantic)} semantic and {len(codes.stochastic)} stochastic codes"
+            raise ValueError(f"expected one of each for a picture, got {got}")
         sigmas, name = self._levels(steps, sampler)
-        x = codes.stochastic.to(self.device) * float(1 + sigmas[0] ** 2) ** 0.5
-        with self._contexts_kept():
-            return SAMPLERS[name].function(self._denoise(codes.semantic.to(self.device)), x, sigmas)
+        latents = []
+        for semantic, noise in zip(codes.semantic.split(BATCH), codes.stochastic.split(BATCH), strict=True):
+            x = noise.to(self.device) * float(1 + sigmas[0] ** 2) ** 0.5
+            with self.unet.reuse_contexts():
+                latents.append(SAMPLERS[name].function(self._denoise(semantic.to(self.device)), x, sigmas))
+        return torch.cat(latents)
 
     @torch.no_grad()
     def decode(self, codes: Codes, *, steps: int | None = None, sampler: str | None = None) -> list[Image.Image]:
         """The pictures that codes stand for."""
-        return [to_pil(pixels) for pixels in self.model.vae.decode(self.latents(codes, steps=steps, sampler=sampler))]
+        parts = self.latents(codes, steps=steps, sampler=sampler).split(BATCH)
+        return [to_pil(pixels) for part in parts for pixels in self.model.vae.decode(part)]
 
-    def vary(self, images: Any, count: int = 1, *, seed: int | None = None, **settings: Any) -> list[Image.Image]:
+    def vary(
+        self,
+        images: Any,
+        count: int = 1,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+    ) -> list[Image.Image]:
         """`count` pictures that show the same as each of these, from other noise; those of one follow one another."""
         semantic = self.semantic(images).repeat_interleave(_positive(count), dim=0)
-        return self.decode(Codes(semantic, self._noise(len(semantic), seed)[1]), **settings)
+        return self.decode(Codes(semantic, self._noise(len(semantic), seed)[1]), steps=steps, sampler=sampler)
 
-    def interpolate(self, first: Any, second: Any, count: int = 5, **settings: Any) -> list[Image.Image]:
+    def interpolate(
+        self, first: Any, second: Any, count: int = 5, *, steps: int | None = None, sampler: str | None = None
+    ) -> list[Image.Image]:
         """`count` pictures on the way from one to another, both codes going along; the ends are reconstructions."""
-        ends = [self.encode(image, **settings) for image in (first, second)]
+        ends = [self.encode(image, steps=steps, sampler=sampler) for image in (first, second)]
         if any(len(end.semantic) != 1 for end in ends) or count < 2:
             got = " and ".join(str(len(end.semantic)) for end in ends)
             raise ValueError(f"expected one picture and another, and count of at least 2; got {got}, {count=}")
         between = [ends[0].toward(ends[1], i / (count - 1)) for i in range(count)]
-        return self.decode(Codes(*(torch.cat(part) for part in zip(*between, strict=True))), **settings)
+        return self.decode(
+            Codes(*(torch.cat(part) for part in zip(*between, strict=True))), steps=steps, sampler=sampler
+        )
 
     def attribute(self, images: Any, labels: Sequence[bool] | Tensor, *, decay: float = 1.0) -> Attribute:
         """The plane between the semantic codes of pictures with something and without (`pipelines.codes`)."""
         return fit_attribute(self.semantic(images), labels, decay=decay)
 
-    def manipulate(self, images: Any, attribute: Attribute, amount: float, **settings: Any) -> list[Image.Image]:
+    def manipulate(
+        self, images: Any, attribute: Attribute, amount: float, *, steps: int | None = None, sampler: str | None = None
+    ) -> list[Image.Image]:
         """The pictures with more of an attribute, or less, in standard deviations of the codes; their noise stays."""
-        codes = self.encode(images, **settings)
-        return self.decode(codes._replace(semantic=attribute.move(codes.semantic, amount)), **settings)
+        codes = self.encode(images, steps=steps, sampler=sampler)
+        return self.decode(
+            codes._replace(semantic=attribute.move(codes.semantic, amount)), steps=steps, sampler=sampler
+        )
 
     @torch.no_grad()
-    def sample(self, count: int = 1, *, seed: int | None = None, **settings: Any) -> list[Image.Image]:
+    def sample(
+        self, count: int = 1, *, seed: int | None = None, steps: int | None = None, sampler: str | None = None
+    ) -> list[Image.Image]:
         """New pictures: semantic codes from their own diffusion, then pictures from noise.
 
         Raises ValueError when that diffusion is not trained yet.
@@ -137,7 +167,7 @@ class DiffusionAutoencoderPipeline:
             raise ValueError("this model has no codes/, which training adds at its end: let train/diffae.py finish")
         draw, unit = self._noise(_positive(count), seed)
         semantic = self.model.codes.sample(draw(torch.empty(count, self.encoder.config.code_dim)).to(self.device))
-        return self.decode(Codes(semantic, unit), **settings)
+        return self.decode(Codes(semantic, unit), steps=steps, sampler=sampler)
 
     def _images(self, images: Any) -> Tensor:
         """[N, 3, size, size] in [-1, 1]."""
@@ -154,7 +184,9 @@ class DiffusionAutoencoderPipeline:
         if name not in ORDERS:
             raise ValueError(f"sampler={name!r}: expected {' or '.join(ORDERS)}, which can be inverted")
         schedule = self.model.schedule
-        return step_grid(schedule, step_count(steps, None, defaults.steps), "karras"), name
+        # A ramp over a clamped sigma would spend its steps above anything that matters.
+        spacing = "trailing" if schedule.clamped else "karras"
+        return step_grid(schedule, step_count(steps, None, defaults.steps), spacing), name
 
     def _denoise(self, semantic: Tensor) -> Denoise:
         context = self.encoder.context(semantic)
@@ -166,9 +198,6 @@ class DiffusionAutoencoderPipeline:
         side = self.model.size // vae.downscale
         _, draw, unit = starting_noise((count, vae.latent_channels, side, side), seed, None, None)
         return draw, unit
-
-    def _contexts_kept(self) -> Any:
-        return self.model.unet.reuse_contexts() if isinstance(self.model.unet, UNet) else nullcontext()
 
 
 def _squares(image: Any, size: int) -> Tensor:

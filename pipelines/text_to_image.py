@@ -253,6 +253,8 @@ class TextToImagePipeline:
         denoise = classifier_free(model.denoiser, cond, uncond, scale, rescale=guidance_rescale, interval=interval)
         if classifier is not None:
             denoise = guided_to(denoise, classifier, prompts, classifier_scale, unit)
+        elif classifier_scale != 1:
+            raise ValueError(f"classifier_scale={classifier_scale} belongs to a classifier, and none was given")
         if variance and (name != "ddpm" or variance not in ("small", "large")):
             raise ValueError(f"variance={variance!r} with sampler {name}: expected small or large, with sampler='ddpm'")
         fixed = {"variance": variance} if variance else {}

@@ -272,6 +272,8 @@ def test_a_picture_says_how_it_was_guided(unconditional: TextToImagePipeline, fo
     said = picture.settings
     assert (said["prompt"], said["classifier"], said["classifier_scale"]) == ("up", str(folder), 2.0)
     assert "classifier_scale" not in unconditional("", seed=1, steps=2).images[0].settings
+    with pytest.raises(ValueError, match="belongs to a classifier"):
+        unconditional("up", classifier_scale=2.0, seed=1, steps=2)
 
 
 def test_bad_calls_say_what_was_got(unconditional: TextToImagePipeline, folder: Path, tmp_path: Path):

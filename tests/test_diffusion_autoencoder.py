@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 from conditioning.semantic import SemanticConfig, SemanticEncoder
 from ldm.unet import UNet, UNetConfig
-from pipelines import TextToImagePipeline
+from pipelines import TextToImagePipeline, diffusion_autoencoder
 from pipelines.codes import CodeDiffusion, Codes, CodesConfig, fit_attribute, slerp
 from pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
 from pipelines.folder import Defaults, Model, save_model, scheduler_config
@@ -233,6 +233,20 @@ def test_pictures_of_every_kind_and_size(pipe: DiffusionAutoencoderPipeline) -> 
     assert pipe.decode(wanted)[0].size == (8, 8)
 
 
+def test_many_pictures_go_through_in_parts(pipe: DiffusionAutoencoderPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, images = pipe.encode(pictures(5)), pixels(pipe.vary(pictures(5), seed=2))
+    monkeypatch.setattr(diffusion_autoencoder, "BATCH", 2)
+    seen = []
+    monkeypatch.setattr(
+        pipe.unet, "forward", lambda x, *rest, **kw: seen.append(len(x)) or UNet.forward(pipe.unet, x, *rest, **kw)
+    )
+    parts = pipe.encode(pictures(5))
+    torch.testing.assert_close(parts.semantic, whole.semantic)
+    torch.testing.assert_close(parts.stochastic, whole.stochastic, atol=1e-4, rtol=1e-4)
+    assert abs(pixels(pipe.vary(pictures(5), seed=2)) - images).max() <= 1
+    assert set(seen) == {2, 1}
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -241,6 +255,7 @@ def test_pictures_of_every_kind_and_size(pipe: DiffusionAutoencoderPipeline) -> 
         (lambda p: p.encode(torch.full((3, 8, 8), 2.0)), r"in \[0, 1\]"),
         (lambda p: p.encode(pictures(), steps=0), "at least one step"),
         (lambda p: p.encode(pictures(), sampler="dpmpp_2m"), "expected ddim or heun"),
+        (lambda p: p.decode(Codes(torch.zeros(2, 6), torch.zeros(1, 3, 8, 8))), "got 2 semantic and 1 stochastic"),
         (lambda p: p.vary(pictures(), 0), "count=0"),
         (lambda p: p.sample(0), "count=0"),
         (lambda p: p.interpolate(pictures(2), pictures(1)), "got 2 and 1"),

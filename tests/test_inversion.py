@@ -9,7 +9,7 @@ from diffusers import DDIMInverseScheduler
 
 from ldm.denoiser import Denoiser
 from ldm.samplers import SAMPLERS, ddim, dpmpp_2m, euler, heun, invert
-from ldm.schedule import EDM, RectifiedFlow, step_grid
+from ldm.schedule import EDM, SIGMA_INFINITY, RectifiedFlow, step_grid
 from tests.test_samplers import BOTTOM, LATENTS, LEADING, SD, TOP, VP, Mixture, Network, P, close, draw, grid, unscaled
 
 STEPS = (40, 80, 160)
@@ -80,6 +80,9 @@ def test_the_step_from_0_undoes_the_samplers_step_to_0_to_first_order(order):
     """They go from x at the lowest level to D(x); so from x_0 up by x_0 - D(x_0), and no second evaluation."""
     data, x0 = Mixture(), draw(2, 1, 2, 2)
     torch.testing.assert_close(invert(data.denoise, x0, [0.0, 0.4], order=order), 2 * x0 - data.denoise(x0, 0.4))
+    up = invert(data.denoise, x0, [0.4, SIGMA_INFINITY], order=order)  # to pure noise likewise
+    slope = (x0 - data.denoise(x0, 0.4)) / 0.4
+    torch.testing.assert_close(up, x0 + (SIGMA_INFINITY - 0.4) * slope)
 
 
 def test_the_callback_sees_each_step():

@@ -285,6 +285,8 @@ def test_bad_choices_say_what_there_is():
         training_noise("log_normal", VP, std=0.0)
     with pytest.raises(ValueError, match=r"one of plain, min_snr, edm, x0, elbo; got 'p2'"):
         training_weight("p2", denoiser, UniformTime(VP))
+    with pytest.raises(ValueError, match=r"predicts the mean learns by the weight elbo.*got plain"):
+        training_weight("plain", Denoiser(nn.Identity(), VP, "mean"), UniformTime(VP))
     with pytest.raises(ValueError, match="needs a beta table, got RectifiedFlow"):
         DiscreteELBO(FLOW)
     with pytest.raises(ValueError, match="no density"):
