@@ -7,7 +7,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -40,10 +40,18 @@ class Paint:
     """A classifier's run (train/classifier.py), which guides to the class that the prompt names."""
     classifier_scale: float = 1.0
     """Of its guidance; 1 is the class's own distribution."""
+    lora: tuple[str, ...] = ()
+    """LoRA files, folders, training runs or hub ids; several add up."""
+    lora_weight: tuple[float, ...] = (1.0,)
+    """Of each --lora, or one for all: 1 as it was trained."""
+    embedding: tuple[str, ...] = ()
+    """Files of learned words (textual inversion), for use in the prompt."""
     image: Path | None = None
     """A picture to begin from, instead of noise alone."""
-    strength: float = 0.8
-    """Share of the steps that are run on --image: at 1 little of it is left."""
+    mask: Path | None = None
+    """Of --image: white where to paint, black where it stays."""
+    strength: float | None = None
+    """Share of the steps that are run on --image: at 1 little of it is left. By default 0.8, with --mask 1."""
     width: int | None = None
     """In pixels."""
     height: int | None = None
@@ -66,14 +74,18 @@ class Paint:
         ending = self.out.suffix.lower()
         if ending != ".png" and ending not in Image.registered_extensions():  # known before painting, not after it
             raise ValueError(f"--out {self.out}: {ending} names no format of pictures: expected .png, for instance")
-        begin = None
-        if self.image:
-            try:
-                begin = Image.open(self.image).convert("RGB")
-            except OSError as error:
-                raise ValueError(f"--image {self.image} can't be opened as a picture ({error})") from None
+        if len(self.lora_weight) not in (1, len(self.lora)):
+            raise ValueError(f"{len(self.lora_weight)} --lora-weight for {len(self.lora)} --lora: give one, or as many")
+        if self.mask and not self.image:
+            raise ValueError(f"--mask {self.mask} says where to paint on a picture: give --image, too")
+        begin, mask = (_picture(flag, file) for flag, file in (("--image", self.image), ("--mask", self.mask)))
         dtype = getattr(torch, self.dtype) if self.dtype else None
         pipe = TextToImagePipeline.from_pretrained(self.model, device=self.device, dtype=dtype)
+        weights = self.lora_weight if len(self.lora_weight) > 1 else self.lora_weight * len(self.lora)
+        for where, weight in zip(self.lora, weights, strict=True):
+            pipe.load_lora(where, weight)
+        for where in self.embedding:
+            print(f"learned {', '.join(pipe.load_embedding(where))}", file=sys.stderr)
         print(f"painting on {pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
         seed = random.randrange(2**31) if self.seed is None else self.seed
         for start in range(0, self.count, BATCH):
@@ -90,6 +102,7 @@ class Paint:
                 classifier=self.classifier,
                 classifier_scale=self.classifier_scale,
                 image=begin,
+                mask=mask,
                 strength=self.strength,
             )
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +110,18 @@ class Paint:
                 file = self.out if self.count == 1 else self.out.with_stem(f"{self.out.stem}-{i}")
                 image.save(file)
                 print(file)
+
+
+def _picture(flag: str, file: Path | None) -> Any:
+    """The picture of a flag; None when there is none."""
+    from PIL import Image
+
+    if file is None:
+        return None
+    try:
+        return Image.open(file).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{flag} {file} can't be opened as a picture ({error})") from None
 
 
 @dataclass(frozen=True)

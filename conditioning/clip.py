@@ -5,8 +5,8 @@ It needs torch, tokenizers and safetensors alone, so that a picture does not pay
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,15 @@ class ClipText(nn.Module):
         end = ids if legacy else (ids == self.config.eos_token_id).int()
         return hidden[torch.arange(len(ids), device=ids.device), end.argmax(dim=1)]
 
+    def put_rows(self, ids: Sequence[int], vectors: Tensor) -> None:
+        """Embeds the tokens `ids` as `vectors` [n, D], in a table that grows to hold the highest of them."""
+        table: Any = self.embeddings["token_embedding"].weight
+        rows = max(table.shape[0], max(ids) + 1)
+        grown = table.new_zeros(rows, table.shape[1])
+        grown[: table.shape[0]], grown[list(ids)] = table.detach(), vectors.to(table)
+        self.embeddings["token_embedding"] = nn.Embedding.from_pretrained(grown, freeze=not table.requires_grad)
+        self.config = replace(self.config, vocab_size=rows)
+
     @classmethod
     def from_weights(cls, config: ClipTextConfig, weights: Mapping[str, Tensor]) -> "ClipText":
         """A tower of the given weights, with or without "text_model." in their names; ValueError if one is missing."""
@@ -188,6 +197,20 @@ class ClipTextEncoder(TextEncoder):
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.tower(ids, self.clip_skip)
+
+    def add_tokens(self, tokens: Mapping[str, Tensor]) -> list[int]:
+        """Learns words, each as one vector or several, [n, D] (textual inversion, arXiv:2208.01618); their ids.
+
+        Raises ValueError, and learns nothing, when one is known already.
+        """
+        for token, vectors in tokens.items():
+            self.clip_tokenizer.check_new(token, len(vectors))
+        every = []
+        for token, vectors in tokens.items():
+            ids = self.clip_tokenizer.add_token(token, len(vectors))
+            self.tower.put_rows(ids, vectors)
+            every += ids
+        return every
 
     @classmethod
     def from_folder(

@@ -57,13 +57,33 @@ class ClipTokenizer:
         self.backend.post_processor = processors.RobertaProcessing(
             (eos, self.suffix[0]), (bos, self.prefix[0]), trim_offsets=False, add_prefix_space=False
         )
+        self._find_several()
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without start, end and padding."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [piece for i in ids for piece in self._several.get(i, (i,))]
+
+    def add_token(self, token: str, vectors: int = 1) -> list[int]:
+        """Learns a word as one piece, or as several (token, token_1, token_2, … as diffusers names them); their ids.
+
+        Raises ValueError when it is known already, or empty.
+        """
+        self.check_new(token, vectors)
+        pieces = _pieces(token, vectors)
+        self.backend.add_tokens([AddedToken(piece) for piece in pieces])
+        self._find_several()
+        return [self._id(piece) for piece in pieces]
+
+    def check_new(self, token: str, vectors: int = 1) -> None:
+        """Raises ValueError when `add_token` could not learn it."""
+        known = [piece for piece in _pieces(token, max(2, vectors)) if self.backend.token_to_id(piece) is not None]
+        if known or not token.strip():
+            why = f"{known[0]!r} is known to this tokenizer" if known else "it is empty"
+            raise ValueError(f"token {token!r}: {why}; give another name, such as <my-token>")
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids)).replace(END_OF_WORD, " ").strip()
@@ -155,10 +175,25 @@ class ClipTokenizer:
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
         _write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
 
+    def _find_several(self) -> None:
+        """Which ids stand for several: those of a token that has token_1, token_2, … beside it, as in diffusers."""
+        ids = {token.content: i for i, token in self.backend.get_added_tokens_decoder().items()}
+        self._several: dict[int, list[int]] = {}
+        for token, i in ids.items():
+            row = [i]
+            while (more := ids.get(f"{token}_{len(row)}")) is not None:
+                row.append(more)
+            if len(row) > 1:
+                self._several[i] = row
+
     def _id(self, token: str) -> int:
         i = self.backend.token_to_id(token)
         assert i is not None, token
         return i
+
+
+def _pieces(token: str, vectors: int) -> list[str]:
+    return [token, *(f"{token}_{i}" for i in range(1, vectors))]
 
 
 def _backend(vocabulary: dict[str, int], merges: list[Any], unknown: str | None, lower_case: bool) -> Tokenizer:

@@ -72,7 +72,8 @@ class Denoiser(nn.Module):
         Args:
             x: [B, C, H, W].
             sigma: noise level, [B] or one number.
-            context: keyword arguments of the network.
+            context: keyword arguments of the network; and "concat" [B, C', H, W], if there is one, which goes into
+                the network behind the scaled x as more channels (what inpainting models are shown).
 
         Returns:
             [B, C, H, W] in float32, or in float64 where x is.
@@ -85,7 +86,10 @@ class Denoiser(nn.Module):
         weight = next(self.network.parameters(), None)
         if weight is not None:
             scaled = scaled.to(weight.dtype)
-        output = self.network(scaled, self.schedule.timestep(sigma), **(context or {}))
+        arguments = dict(context or {})
+        if (beside := arguments.pop("concat", None)) is not None:
+            scaled = torch.cat([scaled, beside.to(scaled)], dim=1)
+        output = self.network(scaled, self.schedule.timestep(sigma), **arguments)
         if self.prediction == "mean" and output.dtype.itemsize < 4:
             raise ValueError(
                 "the mean of a step differs from x by a thousandth of it, which half precision rounds away: run a "

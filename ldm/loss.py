@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Context, Denoiser, row_before, widened
+from ldm.denoiser import Context, Denoiser, per_picture, row_before, widened
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 
 Weight = Callable[[Tensor], Tensor]  # sigma [B] -> weight [B] on the square error of x_0
@@ -112,6 +112,19 @@ class MinSNR:
 
 
 @dataclass(frozen=True)
+class Debiased:
+    """1 / sigma: epsilon's own error times 1 / sqrt(SNR) (arXiv:2310.08442, equation 12), at most `largest`.
+
+    sigma below 1 / largest says nothing new about x_0; kohya-ss/sd-scripts cuts at an SNR of 1000 likewise.
+    """
+
+    largest: float = 1000**0.5
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return sigma.clamp(min=1 / self.largest) ** -1
+
+
+@dataclass(frozen=True)
 class EDMWeight:
     """(sigma² + d²) / (sigma d)², d the standard deviation of the data (arXiv:2206.00364, table 1)."""
 
@@ -156,7 +169,7 @@ class ContinuousELBO:
 
 
 NOISES = {"uniform": UniformTime, "log_normal": LogNormal, "logit_normal": LogitNormal}
-WEIGHTS = ("plain", "min_snr", "edm", "x0", "elbo")
+WEIGHTS = ("plain", "min_snr", "debiased", "edm", "x0", "elbo")
 
 
 def training_noise(
@@ -202,6 +215,8 @@ def training_weight(
         return Plain(denoiser)
     if name == "edm":
         return EDMWeight(denoiser.sigma_data)
+    if name == "debiased":
+        return Debiased()
     if name == "x0":
         return X0()
     if name == "elbo":
@@ -218,7 +233,15 @@ def training_weight(
 
 
 def denoising_loss(
-    denoiser: Denoiser, x0: Tensor, context: Context | None, sigma: Tensor, noise: Tensor, weight: Weight
+    denoiser: Denoiser,
+    x0: Tensor,
+    context: Context | None,
+    sigma: Tensor,
+    noise: Tensor,
+    weight: Weight,
+    *,
+    seen: Tensor | None = None,
+    huber: float = 0.0,
 ) -> Tensor:
     """Weighted square error of the denoiser at x = x0 + sigma * noise (arXiv:2206.00364, equation 2).
 
@@ -228,12 +251,23 @@ def denoising_loss(
         sigma: noise levels, [B].
         noise: standard normal, like x0.
         weight: on the square error of x_0.
+        seen: other noise for the network to see, while its target stays that of `noise`: noise + gamma * more noise
+            is the input perturbation of arXiv:2301.11706, section 4.
+        huber: c of the pseudo-Huber loss 2 c (sqrt(e² + c²) - c) of the network's own error e instead of e²
+            (Charbonnier et al. 1997, kohya-ss/sd-scripts): the larger c, the nearer to the square; 0 is the square.
 
     Returns:
         [B]: the mean over C, H, W, times the weight; float32 or better.
     """
-    x0, x = _noised(x0, sigma, noise)
-    return weight(sigma) * _mean((denoiser(x, sigma, context) - x0) ** 2)
+    target, x = _noised(x0, sigma, noise)
+    if seen is not None:
+        x = _noised(x0, sigma, seen)[1]
+        target = denoiser.to_sample(x, denoiser.network_target(x0, noise, sigma), sigma)
+    square = (denoiser(x, sigma, context) - target) ** 2
+    if huber:  # of the network's error, which is that of x_0 over c_out
+        c = per_picture(huber * denoiser.coefficients(sigma.to(x)).c_out.abs(), x)
+        square = 2 * c * ((square + c**2).sqrt() - c)
+    return weight(sigma) * _mean(square)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vae.autoencoder import Autoencoder
@@ -56,11 +56,17 @@ def read_weights(folder: Path, stem: str = STEM, variant: str | None = None) -> 
         )
     weights: dict[str, Tensor] = {}
     for file in files:
-        try:
-            weights |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is broken or not complete ({error}): copy or download it again") from None
+        weights |= read_tensors(file)[0]
     return weights
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and the notes in its header; ValueError when it is broken or truncated."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is broken or not complete ({error}): copy or download it again") from None
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> nn.Module:

@@ -24,11 +24,12 @@ from ldm.pixel_unet import PixelUNet
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 from ldm.unet import UNet
 from pipelines.codes import CodeDiffusion
-from pipelines.files import fill, load_autoencoder, newest, read_json, read_weights, save_network, write_json
+from pipelines.files import fill, load_autoencoder, read_json, read_weights, save_network, write_json
+from pipelines.find import find_model
 from pipelines.scheduler import warn_of_differences
 from vae.autoencoder import Autoencoder, Identity
 
-BUNDLED = Path(__file__).parent / "bundled"
+KINDS = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")  # the second: a U-Net that inpaints
 BETAS: dict[str, Any] = {
     "linear": VariancePreserving.linear,
     "scaled_linear": VariancePreserving.scaled_linear,
@@ -71,6 +72,17 @@ class Model:
                 f"the U-Net puts out {outputs} channels for latents of {channels}: expected {channels}, or "
                 f"{2 * channels} with the variance"
             )
+        inputs = self.unet.config.in_channels
+        if inputs not in (channels, 2 * channels + 1):
+            raise ValueError(
+                f"the U-Net takes {inputs} channels for latents of {channels}: expected {channels}, or "
+                f"{2 * channels + 1} with a mask and the masked picture"
+            )
+
+    @property
+    def inpaints(self) -> bool:
+        """The U-Net takes a mask and the masked picture's latents beside x."""
+        return self.unet.config.in_channels > self.vae.latent_channels
 
     @property
     def learned_variance(self) -> bool:
@@ -209,7 +221,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
     write_json(folder / "atelier.json", notes)
     if not for_atelier_alone(model):
         index = {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": KINDS[model.inpaints],
             "_diffusers_version": DIFFUSERS_VERSION,
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
@@ -247,8 +259,8 @@ def load_model(
     notes = read_json(folder / "atelier.json") if (folder / "atelier.json").is_file() else {}
     if not notes and (folder / "model_index.json").is_file():
         kind = read_json(folder / "model_index.json").get("_class_name")
-        if kind != "StableDiffusionPipeline":
-            raise ValueError(f"{folder} holds a {kind}; only the layout of StableDiffusionPipeline is implemented")
+        if kind not in KINDS:
+            raise ValueError(f"{folder} holds a {kind}; only the layouts of {' and '.join(KINDS)} are implemented")
     config = read_json(folder / "unet" / "config.json")
     kind_of_unet = PixelUNet if config.get("_class_name") == "PixelUNet" else UNet
     with torch.device("meta"):
@@ -292,52 +304,6 @@ def _open(kind: Any, folder: Path) -> Any:
     with torch.device("meta"):
         network = kind.from_config(read_json(folder / "config.json"))
     return fill(network, read_weights(folder), folder, torch.float32)
-
-
-def find_model(where: str | Path | None, *, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a model: local, the bundled one for None, or fetched from the Hugging Face hub."""
-    if where is None or str(where) == "bundled":
-        if not (BUNDLED / "unet").is_dir():
-            raise ValueError(f"the bundled model is not in {BUNDLED}: install from a complete checkout")
-        return BUNDLED
-    path = Path(where).expanduser()
-    if path.is_dir():
-        folder = newest(path)
-        if not (folder / "unet" / "config.json").is_file():
-            held = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
-            raise ValueError(f"{folder} is no model folder: expected unet/, vae/ and scheduler/ in it, found {held}")
-        return folder
-    if path.exists() or str(where).count("/") != 1 or str(where).startswith((".", "/", "~")):
-        raise ValueError(
-            f"{where} is not a model folder: give a folder that has unet/, vae/ and scheduler/, a hub id such as "
-            "owner/name, or nothing for the bundled model"
-        )
-    return _download(str(where), revision, variant)
-
-
-def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    weights = f"*{variant}*.safetensors" if variant else "*.safetensors"
-    files = [
-        "*.json",
-        "*/*.json",
-        "tokenizer/*.txt",
-        *(f"{part}/{weights}" for part in ("unet", "vae", "text_encoder")),
-    ]
-    try:
-        folder = snapshot_download(
-            hub_id,
-            revision=revision,
-            allow_patterns=files,
-            ignore_patterns=["*non_ema*", *([] if variant else ["*fp16*"])],
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{hub_id} is no folder here and could not be fetched from the hub ({type(error).__name__}: {error})"
-        ) from None
-    return Path(folder)
 
 
 def _defaults(notes: Mapping[str, Any]) -> Defaults:

@@ -1,5 +1,6 @@
 """A PIL picture that remembers how it was painted, and writes that into the PNG it is saved as."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Self
@@ -38,3 +39,14 @@ class Picture(Image.Image):
             chunks.add_itxt("atelier", json.dumps(self.settings, ensure_ascii=False))
             params["pnginfo"] = chunks
         super().save(fp, format, **params)
+
+
+def painted(
+    images: Tensor, prompts: list[str], negatives: list[str], seeds: list[int] | None, settings: dict[str, Any]
+) -> list[Picture]:
+    """A batch [N, 3, H, W] in [-1, 1] as pictures, each with its prompts, its seed and the settings of the call."""
+    rows = zip(images.cpu(), prompts, negatives, seeds or itertools.repeat(None), strict=False)
+    return [
+        Picture.of(to_pil(pixels), {"prompt": p, "negative_prompt": n, "seed": s, **settings})
+        for pixels, p, n, s in rows
+    ]

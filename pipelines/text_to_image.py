@@ -1,11 +1,10 @@
 """From a prompt to pictures: `TextToImagePipeline.from_pretrained()("an oil painting of a fox").images[0]`."""
 
-import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,15 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from conditioning.clip import ClipTextEncoder
-from conditioning.context import Context, Unconditional
-from conditioning.semantic import SemanticEncoder
-from conditioning.text import TextEncoder
+from conditioning.context import Unconditional
 from ldm.classifier import NoisyClassifier
 from ldm.guidance import classifier_free
 from ldm.samplers import SAMPLERS
 from ldm.schedule import step_grid
 from ldm.unet import UNet
+from pipelines.adapters import Loras
 from pipelines.arguments import (
     Generators,
     checked_sides,
@@ -33,9 +30,13 @@ from pipelines.arguments import (
     step_count,
 )
 from pipelines.classifier import guided_to
+from pipelines.device import best_device, usable_device
+from pipelines.embeddings import load_embedding
 from pipelines.folder import Model, for_atelier_alone, load_model, save_model
 from pipelines.image import image_batch
-from pipelines.picture import Picture, to_pil
+from pipelines.inpainting import begin, check_mask, mask_batch
+from pipelines.picture import painted
+from pipelines.prompts import contexts
 from pipelines.scheduler import grid_of, sampler_of, sampler_options
 
 Callback = Callable[[int, float, Tensor, Tensor], None]  # step, sigma, x at sigma, estimate of x_0
@@ -63,6 +64,8 @@ class TextToImagePipeline:
     def __init__(self, model: Model, source: str = ""):
         self.model, self.source = model, source
         self.progress = True
+        self._loras = Loras(model)
+        self._embeddings: list[str] = []  # what was learned from files
 
     @classmethod
     def from_pretrained(
@@ -132,9 +135,50 @@ class TextToImagePipeline:
         """Shows or hides the progress bar (diffusers' name)."""
         self.progress = not disable
 
+    @property
+    def loras(self) -> dict[str, float]:
+        """The LoRAs in use and their weights."""
+        return dict(self._loras.weights)
+
+    def load_lora(self, where: str | Path, weight: float = 1.0) -> None:
+        """Merges a LoRA into the weights (arXiv:2106.09685); several add up.
+
+        Args:
+            where: a .safetensors file of diffusers, peft or kohya's scripts, a folder or training run that has one, a
+                hub id, or owner/name/file.safetensors there.
+            weight: of its change: 1 as it was trained, 0 for nothing.
+
+        Raises:
+            ValueError: none is there, or a part of it fits nothing in this model, which then stays as it is.
+        """
+        self._loras.load(where, weight)
+
+    def set_lora(self, where: str | Path, weight: float) -> None:
+        """Another weight for a LoRA, by what it was loaded from; ValueError if none was."""
+        self._loras.set(where, weight)
+
+    def unload_loras(self) -> None:
+        """Removes every LoRA: the weights are what they were, to the bit."""
+        self._loras.unload()
+
+    def load_embedding(self, where: str | Path, token: str | None = None) -> tuple[str, ...]:
+        """Teaches the text encoder learned tokens, for prompts (textual inversion, arXiv:2208.01618); returns them.
+
+        Args:
+            where: a .safetensors file of diffusers or AUTOMATIC1111, a folder, training run or hub id.
+            token: what it is called in prompts; by default as the file has it, or else by the file's own name.
+
+        Raises:
+            ValueError: nothing is there, it is of another text encoder, or the token is known already.
+        """
+        tokens = load_embedding(self.model.conditioner, where, token)
+        self._embeddings += tokens
+        return tokens
+
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes a diffusers folder, which `StableDiffusionPipeline.from_pretrained` opens and paints the same from.
 
+        LoRAs in use are in the weights, embeddings in the tokenizer and the text encoder.
         Raises ValueError for a model that such a folder cannot describe (a flow, EDM, labels), before writing.
         """
         if reason := for_atelier_alone(self.model):
@@ -147,7 +191,8 @@ class TextToImagePipeline:
         prompt: str | Sequence[str],
         *,
         image: Any = None,
-        strength: float = 0.8,
+        mask: Any = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
@@ -177,7 +222,9 @@ class TextToImagePipeline:
             prompt: one, or a list, which gives a batch; class names for a model of labels.
             image: picture, or one for each prompt, to begin from (`pipelines.image`): it is noised to the level of
                 `strength` and denoised from there (SDEdit, arXiv:2108.01073).
-            strength: share of the steps that are run on `image`, as in diffusers: 1 forgets most of it.
+            mask: of `image`: white where to paint, black where it stays (`pipelines.inpainting`).
+            strength: share of the steps that are run on `image`, as in diffusers: 1 forgets most of it. By default 0.8,
+                with a mask 1, which begins from noise alone.
             height, width: in pixels, multiples of the autoencoder's factor; by default the model's own, or `image`'s.
             steps: of the sampler (diffusers: `num_inference_steps`).
             guidance_scale: of classifier-free guidance, w + 1 in arXiv:2207.12598; 1 or less is none, as in diffusers.
@@ -240,16 +287,25 @@ class TextToImagePipeline:
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         negatives = negative_list(negative_prompt, len(prompts), num_images_per_prompt)
         factor = model.vae.downscale
+        strength = strength if strength is not None else 0.8 if mask is None else 1.0
+        check_mask(model, image, mask)
         if image is not None:
             sigmas = sigmas[first_step(strength, steps) :]
             image = image_batch(image, len(prompts), num_images_per_prompt, height, width, factor)
             height, width = image.shape[2:]
+        if mask is not None:
+            mask = mask_batch(mask, len(prompts), num_images_per_prompt, *image.shape[2:])
         height, width = checked_sides(height, width, model.size, factor)
         shape = (len(prompts), model.vae.latent_channels, height // factor, width // factor)
         seeds, noise, unit = starting_noise(shape, seed, generator, latents)
         unit = unit.to(self.device, torch.float32)
 
-        cond, uncond = self._contexts(prompts, negatives, clip_skip)
+        chosen, draw = SAMPLERS[name], noise if latents is None else None
+        first = float(sigmas[0])
+        start = begin(model, image, mask, strength, unit, draw, first, chosen.initial_scale(grid, first))
+        cond, uncond = contexts(model.conditioner, prompts, negatives, clip_skip)
+        if start.beside is not None:
+            cond, uncond = cond | {"concat": start.beside}, uncond | {"concat": start.beside}
         denoise = classifier_free(model.denoiser, cond, uncond, scale, rescale=guidance_rescale, interval=interval)
         if classifier is not None:
             denoise = guided_to(denoise, classifier, prompts, classifier_scale, unit)
@@ -258,13 +314,7 @@ class TextToImagePipeline:
         if variance and (name != "ddpm" or variance not in ("small", "large")):
             raise ValueError(f"variance={variance!r} with sampler {name}: expected small or large, with sampler='ddpm'")
         fixed = {"variance": variance} if variance else {}
-        chosen = SAMPLERS[name]
-        if image is None:
-            x = unit * chosen.initial_scale(grid, float(sigmas[0]))
-        else:  # the first draw is the posterior's, the second the noise, as in diffusers
-            posterior = model.vae.encode(image.to(self.device, self.dtype))
-            x0, unit = (posterior.sample(unit), noise(unit)) if latents is None else (posterior.mode, unit)
-            x = x0 + sigmas[0].to(x0) * unit
+        denoise = start.hold(denoise)
         with tqdm(total=len(sigmas) - 1, unit="step", leave=False, disable=not self.progress) as bar:
 
             def stepped(i: int, sigma: float, x: Tensor, x0: Tensor) -> None:
@@ -276,7 +326,8 @@ class TextToImagePipeline:
             with reuse, model.denoiser.learned_variance() as put_out:
                 learned = put_out if model.learned_variance else None
                 options = sampler_options(model.scheduler, name, eta, learned) | fixed
-                x = chosen.function(denoise, x, sigmas, noise=noise, callback=stepped, **options)
+                x = chosen.function(denoise, start.x, sigmas, noise=noise, callback=stepped, **options)
+        x = start.finish(x)
         if output_type == "latent":
             return Output(x, seeds) if return_dict else (x, None)
         decoded = model.vae.decode(x)
@@ -293,60 +344,11 @@ class TextToImagePipeline:
             skipped = getattr(model.conditioner, "clip_skip", 0) if clip_skip is None else clip_skip
             settings |= {"clip_skip": skipped, "width": width, "height": height}
             if image is not None:
-                settings["strength"] = strength
+                settings |= {"strength": strength, "mask": mask is not None}
+            if self.loras or self._embeddings:
+                settings |= {"loras": self.loras, "embeddings": self._embeddings}
             if classifier is not None:
                 named = {} if isinstance(classifier, NoisyClassifier) else {"classifier": str(classifier)}
                 settings |= named | {"classifier_scale": classifier_scale}
-            rows = zip(decoded.cpu(), prompts, negatives, seeds or itertools.repeat(None), strict=False)
-            images = [
-                Picture.of(to_pil(pixels), {"prompt": p, "negative_prompt": n, "seed": s, **settings})
-                for pixels, p, n, s in rows
-            ]
+            images = painted(decoded, prompts, negatives, seeds, settings)
         return Output(images, seeds) if return_dict else (images, None)
-
-    def _contexts(self, prompts: list[str], negatives: list[str], clip_skip: int | None) -> tuple[Context, Context]:
-        conditioner = self.model.conditioner
-        if isinstance(conditioner, SemanticEncoder):
-            raise ValueError("this is a diffusion autoencoder, told pictures: open it by DiffusionAutoencoderPipeline")
-        if clip_skip and not isinstance(conditioner, ClipTextEncoder):
-            raise ValueError("clip_skip belongs to a model with a CLIP text encoder")
-        if not isinstance(conditioner, TextEncoder):
-            return conditioner(prompts), conditioner(negatives)
-        # Both in as many windows as the longest needs, and every distinct text once.
-        texts = list(dict.fromkeys(prompts + negatives))
-        with _skipping(conditioner, clip_skip):
-            hidden = conditioner(texts, chunks=conditioner.chunks(texts))["encoder_hidden_states"]
-        row = {text: i for i, text in enumerate(texts)}
-        cond, uncond = (hidden[[row[t] for t in group]] for group in (prompts, negatives))
-        return {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
-
-
-@contextmanager
-def _skipping(encoder: TextEncoder, clip_skip: int | None) -> Iterator[None]:
-    """The encoder without its last layers, where asked for, and as it was afterwards."""
-    if clip_skip is None or not isinstance(encoder, ClipTextEncoder):
-        yield
-        return
-    kept, encoder.clip_skip = encoder.clip_skip, clip_skip
-    try:
-        yield
-    finally:
-        encoder.clip_skip = kept
-
-
-def best_device() -> str:
-    """cuda where there is one, else mps, else cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device of this name; ValueError when there is none, or none on this machine."""
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} can't be used here ({why}): expected cpu, cuda or mps") from None
-    return chosen

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +96,51 @@ def in_process() -> Iterator[None]:
         yield
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures of one colour each; two captions say which."""
+    from tests.training import COLOURS
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, colour in enumerate(COLOURS):
+        Image.new("RGB", (8, 8), colour).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {colour} square\n{colour}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixels(pictures: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Settings of a run of a few updates in pixel space."""
+    from tests.training import UNET
+    from train.settings import Config
+
+    return Config(
+        data=str(pictures),
+        output=tmp_path_factory.mktemp("unused"),
+        cache=tmp_path_factory.mktemp("cache"),
+        vae="none",
+        text_encoder=str(model_folder),
+        unet=UNET,
+        size=8,
+        updates=2,
+        batch_size=4,
+        warmup=1,
+        checkpoint_every=1000,
+        prompts=("a red square",),
+        steps=2,
+        workers=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def latents(pixels: Any, model_folder: Path) -> Any:
+    """The same in the latents of an autoencoder."""
+    return replace(pixels, vae=str(model_folder), size=16)
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets copies what it reads: not into the home of whoever runs the tests."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from conditioning.clip import ClipText
@@ -16,15 +17,28 @@ from ldm.transformer import PictureTransformer
 from ldm.unet import UNet, UNetConfig
 from pipelines.files import load_autoencoder, newest
 from pipelines.folder import Defaults, Model, find_model, load_conditioner, load_model, scheduler_config
+from train.launch import matrix_type
+from train.muon import BETAS, Muon
 from train.settings import Config
 from train.sources import first_captions, open_source
 from vae.autoencoder import Autoencoder, Identity
 
 
-def build(config: Config) -> Model:
-    """The model to train: an existing one, or a new U-Net between an existing autoencoder and text encoder."""
-    if config.model:
-        model = load_model(config.model)
+def build(config: Config, checkpoint: Path | None = None) -> Model:
+    """The model to train: an existing one, or a new U-Net between an existing autoencoder and text encoder.
+
+    checkpoint: of this run, whose model is taken instead, where it holds one and not just what was added to it.
+    """
+    model = _build(config, checkpoint)
+    if config.inpainting and not model.inpaints:
+        widen(model)
+    return model
+
+
+def _build(config: Config, checkpoint: Path | None) -> Model:
+    whole = checkpoint if checkpoint and (checkpoint / "unet").is_dir() else None
+    if whole or config.model:
+        model = load_model(whole or config.model)
         model.defaults = replace(
             model.defaults,
             caption_dropout=config.caption_dropout,
@@ -71,6 +85,42 @@ def build(config: Config) -> Model:
         learned_variance=config.learned_variance,
     )
     return Model(new_unet(unet), vae, conditioner, scheduler, defaults)
+
+
+@torch.no_grad()
+def widen(model: Model) -> None:
+    """Lets a U-Net take the mask and the masked picture as well, which at first change nothing: their weights are 0.
+
+    Raises ValueError for a model without an autoencoder, or whose U-Net is for small pictures.
+    """
+    if not isinstance(model.unet, UNet) or not isinstance(model.vae, Autoencoder):
+        raise ValueError("--inpainting is for the text U-Net in the latents of an autoencoder")
+    old = model.unet.conv_in
+    inputs = 2 * model.vae.latent_channels + 1
+    wider = nn.Conv2d(inputs, old.out_channels, 3, padding=1).to(old.weight)
+    nn.init.zeros_(wider.weight)
+    wider.weight[:, : old.in_channels] = old.weight
+    wider.bias.copy_(old.bias)  # type: ignore[union-attr, arg-type]
+    model.unet.conv_in = wider
+    model.unet.config = replace(model.unet.config, in_channels=inputs)
+
+
+def optimizer_for(learner: nn.Module, config: Config, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, of all that learns; ValueError where it can't be had here."""
+    rate, decay = config.learning_rate, config.weight_decay
+    sharded = str(accelerator.distributed_type.value)
+    if config.optimizer == "muon":
+        if sharded in ("FSDP", "DEEPSPEED"):
+            raise ValueError(f"--optimizer muon needs whole matrices, and {sharded} shards them: take adamw")
+        return Muon(learner, rate, decay, matrix_type(accelerator))
+    weights = [weight for weight in learner.parameters() if weight.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(weights, rate, betas=BETAS, weight_decay=decay, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(f"--optimizer adamw8bit needs bitsandbytes ({error}): install it, or take adamw") from None
+    return AdamW8bit(weights, rate, betas=BETAS, weight_decay=decay)
 
 
 def open_autoencoder(vae: str) -> Autoencoder | Identity:

@@ -7,6 +7,7 @@ weights: when one of them changes it is another cache.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conditioning.context import Conditioner, Context
-from train.data import read, refuse_unusable, to_unit, written_aside
-from train.sources import Source, digest
+from train.data import Side, read, refuse_unusable, to_unit, written_aside
+from train.hashes import FileHashes
+from train.pictures import Source, digest
+from train.sources import parts_of, refuse_numbers
 from vae.autoencoder import Autoencoder, Identity, Posterior
 
 SHARD = 512  # pictures in one file
 TABLE_BYTES = 10**9  # up to which the states of all captions are kept in memory
+FORMAT = "3"  # of the shards: raised when what lies in them changes
 
 
 class Latents(NamedTuple):
@@ -40,70 +44,164 @@ class Latents(NamedTuple):
         return Latents(self.mean[indices], self.logvar[indices], [self.captions[i] for i in indices.tolist()])
 
 
+class Cached:
+    """The posteriors of a set on the disk, mapped into memory: pictures may have several shapes."""
+
+    def __init__(self) -> None:
+        self.moments: list[tuple[Tensor, Tensor]] = []  # of each shard and shape: mean and log-variance, float16
+        self.where: list[tuple[int, int]] = []  # of each picture: which of `moments`, and its row there
+        self.captions: list[tuple[str, ...]] = []
+        self.framing: list[tuple[int, ...]] = []  # as `train.data.framing` has it
+        self.index: list[int] = []  # of each picture in the (joined) source
+        self.parts: list[int] = []  # of each picture: the part of --data
+
+    def add(self, file: Path, part: int, begin: int) -> list[tuple[str, str]]:
+        """Maps a shard of the part that begins at `begin`; (key, error) of the pictures that it lacks."""
+        with safe_open(file, framework="pt") as opened:
+            said = json.loads(opened.metadata()["pictures"])
+            place = {}
+            for shape in said["shapes"]:
+                place[shape] = len(self.moments)
+                self.moments.append((opened.get_tensor(f"mean {shape}"), opened.get_tensor(f"logvar {shape}")))
+        rows = dict.fromkeys(place, 0)
+        for captions, framing, index, shape in said["pictures"]:
+            self.captions.append(tuple(captions))
+            self.framing.append(tuple(framing))
+            self.index.append(begin + index)
+            self.parts.append(part)
+            self.where.append((place[shape], rows[shape]))
+            rows[shape] += 1
+        return [(key, error) for key, error in said["unusable"]]
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """(C, h, w) of a picture's latent."""
+        return tuple(self.moments[self.where[index][0]][0].shape[1:])
+
+    def posterior(self, indices: Tensor, device: torch.device) -> Posterior:
+        """Of pictures of one shape."""
+        where = [self.where[i] for i in indices.tolist()]
+        mean = torch.stack([self.moments[m][0][row] for m, row in where])
+        logvar = torch.stack([self.moments[m][1][row] for m, row in where])
+        return Posterior(mean.to(device).float(), logvar.to(device).float())
+
+    def select(self, indices: Tensor) -> Latents:
+        """Pictures of one shape, copied into memory."""
+        where = [self.where[i] for i in indices.tolist()]
+        mean = torch.stack([self.moments[m][0][row] for m, row in where])
+        logvar = torch.stack([self.moments[m][1][row] for m, row in where])
+        return Latents(mean, logvar, [self.captions[i] for i in indices.tolist()])
+
+
 def cache_latents(
     source: Source, vae: Autoencoder | Identity, size: int, folder: Path, accelerator: Accelerator, workers: int
 ) -> Latents:
-    """Encodes what is not yet in the cache, each process its share of the shards, and opens all of it.
+    """`open_cache` of squares, copied into memory."""
+    refuse_numbers(source)
+    cached = open_cache(source, vae, size, folder, accelerator, workers)
+    means, logvars = zip(*cached.moments, strict=True)
+    return Latents(torch.cat(means), torch.cat(logvars), cached.captions)
 
-    Raises ValueError when more pictures than `train.sources.MAX_UNUSABLE` are broken or without a caption.
+
+def open_cache(
+    source: Source,
+    vae: Autoencoder | Identity,
+    size: int,
+    folder: Path,
+    accelerator: Accelerator,
+    workers: int,
+    sides: Sequence[Side] | None = None,
+) -> Cached:
+    """Encodes what is not yet in the cache, each process its share of the shards, and maps all of it.
+
+    sides: (width, height) of each picture, for aspect-ratio buckets; without them every picture is a square of `size`.
+
+    Raises ValueError when more pictures than `train.sources.MAX_UNUSABLE` of a part are broken or without a caption, or
+    when the disk has no room for what is to be written.
     """
-    key = digest(source.fingerprint(), str(size), _weights_digest(vae))
-    place = folder / f"latents-{key}"
-    shards = range(-(-len(source) // SHARD))
-    missing = [s for s in shards if not _shard(place, s).is_file()]
+    weights, hashes = _weights_digest(vae), FileHashes(folder)
+    parts, jobs, begin = [], [], 0
+    for part, _ in parts_of(source):
+        of_part: list[Side] = list(sides[begin : begin + len(part)]) if sides is not None else [size] * len(part)
+        transform = str(size) if sides is None else f"{size} in buckets"
+        place = folder / f"latents-{digest(part.fingerprint(hashes), transform, weights, FORMAT)}"
+        shards = [_shard(place, of_part, s, sides is not None) for s in range(-(-len(part) // SHARD))]
+        parts.append((part, begin, shards))
+        jobs += [(part, of_part, s, file) for s, file in enumerate(shards)]
+        begin += len(part)
+    missing = [job for job in jobs if not job[3].is_file()]
     if missing:
-        channels, side = vae.latent_channels, size // vae.downscale
-        megabytes = len(source) * channels * side * side * 4 / 1e6
-        accelerator.print(f"latent cache: {len(missing)} of {len(shards)} shards to compute, {megabytes:.0f} MB in all")
-        place.mkdir(parents=True, exist_ok=True)
+        _check_disk(missing, len(jobs), vae, folder, accelerator)
     # Shares of all shards, not of the missing ones: those are fewer for a process that looks when others have begun.
-    for shard in shards[accelerator.process_index :: accelerator.num_processes]:
-        if not _shard(place, shard).is_file():
-            _encode_shard(source, vae, size, place, shard, workers, accelerator)
+    for part, of_part, s, file in jobs[accelerator.process_index :: accelerator.num_processes]:
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _encode_shard(part, vae, of_part, file, s, workers, accelerator)
     accelerator.wait_for_everyone()
-    means, logvars, captions, unusable = [], [], [], []
-    for s in shards:
-        with safe_open(_shard(place, s), framework="pt") as opened:
-            said = json.loads(opened.metadata()["captions"])
-            means.append(opened.get_tensor("mean"))
-            logvars.append(opened.get_tensor("logvar"))
-        captions += [tuple(c) for c in said["captions"]]
-        unusable += [tuple(u) for u in said["unusable"]]
-    refuse_unusable(unusable, len(source), accelerator.print)
-    if not captions:
+    cached = Cached()
+    for number, (part, begin, shards) in enumerate(parts):
+        unusable = [one for file in shards for one in cached.add(file, number, begin)]
+        refuse_unusable(unusable, len(part), accelerator.print)
+    if not cached.captions:
         raise ValueError("no picture is left to train on")
-    return Latents(torch.cat(means), torch.cat(logvars), captions)
+    return cached
+
+
+def _check_disk(missing: list, jobs: int, vae: Autoencoder | Identity, folder: Path, accelerator: Accelerator) -> None:
+    """Says how much the shards that are missing will take, and refuses what the disk has no room for."""
+    pixels = 0
+    for _, sides, shard, _ in missing:
+        for side in sides[shard * SHARD : (shard + 1) * SHARD]:
+            pixels += side * side if isinstance(side, int) else side[0] * side[1]
+    needed = pixels // vae.downscale**2 * vae.latent_channels * 4 / 1e6  # mean and log-variance, two bytes each
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 1e6
+    accelerator.print(
+        f"latent cache in {folder}: {len(missing)} of {jobs} shards to compute, {needed:,.0f} MB to write "
+        f"({free:,.0f} MB are free)"
+    )
+    if needed > free:
+        raise ValueError(
+            f"the latent cache needs {needed:,.0f} MB, and the disk of {folder} has {free:,.0f} MB free: name another "
+            "place with --cache, or make room"
+        )
 
 
 @torch.no_grad()
 def _encode_shard(
     source: Source,
     vae: Autoencoder | Identity,
-    size: int,
-    place: Path,
+    sides: list[Side],
+    file: Path,
     shard: int,
     workers: int,
     accelerator: Accelerator,
 ) -> None:
     indices = range(shard * SHARD, min((shard + 1) * SHARD, len(source)))
-    means, logvars, captions, unusable = [], [], [], []
+    moments: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    pictures, unusable = [], []
     name = f"encoding shard {shard}" if accelerator.is_local_main_process else None
-    for batch in read(source, size, indices, batch=32, workers=workers, progress=name):
+    for batch in read(source, sides, indices, batch=32, workers=workers, progress=name):
         unusable += [(one.key, one.error) for one in batch if one.error]
         usable = [one for one in batch if one.pixels is not None and not one.error]
-        if not usable:
-            continue
-        images = to_unit(torch.stack([torch.from_numpy(one.pixels.copy()) for one in usable]))  # type: ignore[union-attr]
-        posterior = vae.encode(images.to(accelerator.device))
-        means.append(posterior.mean.half().cpu())
-        logvars.append(posterior.logvar.clamp(min=-30).half().cpu())
-        captions += [one.captions for one in usable]
-    shape = (0, vae.latent_channels, size // vae.downscale, size // vae.downscale)
-    empty = [torch.zeros(shape, dtype=torch.float16)]
-    said = json.dumps({"captions": captions, "unusable": unusable})
-    moments = {"mean": torch.cat(means or empty), "logvar": torch.cat(logvars or empty)}
-    with written_aside(_shard(place, shard)) as partial:
-        save_file({name: m.contiguous() for name, m in moments.items()}, partial, metadata={"captions": said})
+        shapes = [shape_name(one.pixels.shape, vae.downscale) for one in usable]  # type: ignore[union-attr]
+        pictures += [(u.captions, u.framing, u.number, shape) for u, shape in zip(usable, shapes, strict=True)]
+        for shape in dict.fromkeys(shapes):
+            alike = [one.pixels for one, its in zip(usable, shapes, strict=True) if its == shape]
+            images = to_unit(torch.stack([torch.from_numpy(p.copy()) for p in alike if p is not None]))
+            posterior = vae.encode(images.to(accelerator.device))
+            means, logvars = moments.setdefault(shape, ([], []))
+            means.append(posterior.mean.half().cpu())
+            logvars.append(posterior.logvar.clamp(min=-30).half().cpu())
+    said = json.dumps({"shapes": list(moments), "pictures": pictures, "unusable": unusable})
+    tensors: dict[str, Tensor] = {}
+    for shape, (means, logvars) in moments.items():
+        tensors |= {f"mean {shape}": torch.cat(means), f"logvar {shape}": torch.cat(logvars)}
+    with written_aside(file) as partial:
+        save_file({name: m.contiguous() for name, m in tensors.items()}, partial, metadata={"pictures": said})
+
+
+def shape_name(pixels: tuple[int, ...], downscale: int) -> str:
+    return f"{pixels[0] // downscale}x{pixels[1] // downscale}"
 
 
 class Texts:
@@ -133,8 +231,10 @@ class Texts:
         return {name: value[rows.to(value.device)].to(self.device) for name, value in self.table.items()}
 
 
-def _shard(place: Path, shard: int) -> Path:
-    return place / f"{shard:06d}.safetensors"
+def _shard(place: Path, sides: list[Side], shard: int, in_buckets: bool) -> Path:
+    """A shard's file; of buckets, which may change with the other pictures of a set, one for each way to divide it."""
+    ways = f"-{digest(repr(sides[shard * SHARD : (shard + 1) * SHARD]))}" if in_buckets else ""
+    return place / f"{shard:06d}{ways}.safetensors"
 
 
 def _weights_digest(network: nn.Module) -> str:

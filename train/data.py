@@ -15,14 +15,26 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from train.sources import MAX_UNUSABLE, UNREADABLE, Source, digest
+from train.hashes import FileHashes
+from train.pictures import MAX_UNUSABLE, UNREADABLE, Source, digest
+
+Side = int | tuple[int, int]  # of a square, or (width, height), in pixels
 
 
-def fit(image: Image.Image, size: int) -> np.ndarray:
-    """The middle square of a picture, resized: uint8 [size, size, 3]."""
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+def fit(image: Image.Image, size: Side) -> np.ndarray:
+    """The middle of a picture in the ratio of `size`, resized to it: uint8 [height, width, 3]."""
+    sides = (size, size) if isinstance(size, int) else size
+    if image.size != sides:
+        image = ImageOps.fit(image, sides, Image.Resampling.LANCZOS)
     return np.asarray(image, dtype=np.uint8)
+
+
+def framing(width: int, height: int, size: Side) -> tuple[int, int, int, int, int, int]:
+    """What SDXL is told of a picture that `fit` brought to `size`: original height and width, top and left of the crop
+    in the resized picture, target height and width (Podell et al., 2023, sections 2.2 and 2.3), in pixels."""
+    w, h = (size, size) if isinstance(size, int) else size
+    scale = max(w / width, h / height)
+    return height, width, round((height * scale - h) / 2), round((width * scale - w) / 2), h, w
 
 
 def to_unit(pixels: torch.Tensor) -> torch.Tensor:
@@ -31,14 +43,26 @@ def to_unit(pixels: torch.Tensor) -> torch.Tensor:
 
 
 class Loaded(NamedTuple):
-    pixels: np.ndarray | None  # uint8 [size, size, 3]; None when the picture is broken
+    pixels: np.ndarray | None  # uint8 [height, width, 3]; None when the picture is broken
     captions: tuple[str, ...]
     key: str
     error: str
+    number: int  # its index in the source
+    framing: tuple[int, ...]  # as the function of that name has it; () when the picture is broken
+
+
+def load(source: Source, size: Side, index: int) -> Loaded:
+    """One picture, or what is wrong with it."""
+    try:
+        image, captions, key = source[index]
+        pixels = fit(image, size)
+    except UNREADABLE as error:
+        return Loaded(None, (), f"picture {index}", str(error), index, ())
+    return Loaded(pixels, captions, key, "" if captions else "no caption", index, framing(*image.size, size))
 
 
 class _Reading(Dataset):
-    def __init__(self, source: Source, size: int, indices: Sequence[int]):
+    def __init__(self, source: Source, size: Side | list[Side], indices: Sequence[int]):
         self.source, self.size, self.indices = source, size, indices
 
     def __len__(self) -> int:
@@ -46,17 +70,16 @@ class _Reading(Dataset):
 
     def __getitem__(self, position: int) -> Loaded:
         index = self.indices[position]
-        try:
-            image, captions, key = self.source[index]
-            return Loaded(fit(image, self.size), captions, key, "" if captions else "no caption")
-        except UNREADABLE as error:
-            return Loaded(None, (), f"picture {index}", str(error))
+        return load(self.source, self.size[index] if isinstance(self.size, list) else self.size, index)
 
 
 def read(
-    source: Source, size: int, indices: Sequence[int], *, batch: int, workers: int, progress: str | None
+    source: Source, size: Side | list[Side], indices: Sequence[int], *, batch: int, workers: int, progress: str | None
 ) -> Iterator[list[Loaded]]:
-    """Lists of `batch` loaded pictures in the order of `indices`, read by `workers` processes."""
+    """Lists of `batch` loaded pictures in the order of `indices`, read by `workers` processes.
+
+    size: that of all pictures, or a list with that of each picture of the source.
+    """
     loader: DataLoader = DataLoader(
         _Reading(source, size, indices), batch_size=batch, num_workers=workers, collate_fn=list
     )
@@ -91,7 +114,7 @@ class Pictures(NamedTuple):
 
 def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, progress: bool = True) -> Pictures:
     """Decodes a source once and maps it from `cache` ever after; keyed by content and size."""
-    stem = cache / f"pixels-{digest(source.fingerprint(), str(size))}"
+    stem = cache / f"pixels-{digest(source.fingerprint(FileHashes(cache)), str(size))}"
     pixel_file, caption_file = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not caption_file.exists():  # written last: its presence says that the pixels are whole
         cache.mkdir(parents=True, exist_ok=True)
@@ -144,6 +167,26 @@ def batch_indices(count: int, seed: int, start: int, size: int) -> torch.Tensor:
     return torch.stack([orders[int(e)][p] for e, p in zip(epochs, positions % count, strict=True)])
 
 
+class Chances(NamedTuple):
+    """The random draws of one step but for its pictures: functions of (seed, update, position in the global batch)."""
+
+    chance: torch.Tensor  # [B, 2], uniform
+    u: torch.Tensor  # [B], uniform over the global batch, stratified: each position has its share of the noise levels
+    normal: torch.Tensor  # [2, B, *shape], standard normal
+
+
+def chances(seed: int, update: int, first: int, size: int, global_batch: int, shape: Sequence[int]) -> Chances:
+    """Positions first … first + size - 1 of an update's global batch, for pictures (latents) of this shape."""
+    uniform, normals = [], []
+    for position in range(first, first + size):
+        draw = generator(seed, update, position)
+        uniform.append(torch.rand(3, generator=draw))
+        normals.append(torch.randn(2, *shape, generator=draw))
+    chance = torch.stack(uniform)
+    u = (torch.arange(first, first + size) + chance[:, 2]) / global_batch
+    return Chances(chance[:, :2], u, torch.stack(normals, dim=1))
+
+
 class Draws(NamedTuple):
     """Every random draw of one step: pure functions of (seed, update, position in the global batch)."""
 
@@ -156,17 +199,10 @@ class Draws(NamedTuple):
 def draws(seed: int, update: int, first: int, size: int, global_batch: int, count: int, shape: Sequence[int]) -> Draws:
     """Positions first … first + size - 1 of an update's global batch, of a set of `count` pictures."""
     indices = batch_indices(count, seed, update * global_batch + first, size)
-    chances, normals = [], []
-    for position in range(first, first + size):
-        draw = generator(seed, update, position)
-        chances.append(torch.rand(3, generator=draw))
-        normals.append(torch.randn(2, *shape, generator=draw))
-    chance = torch.stack(chances)
-    u = (torch.arange(first, first + size) + chance[:, 2]) / global_batch
-    return Draws(indices, chance[:, :2], u, torch.stack(normals, dim=1))
+    return Draws(indices, *chances(seed, update, first, size, global_batch, shape))
 
 
-def generator(*numbers: int) -> torch.Generator:
+def generator(*numbers: float) -> torch.Generator:
     """A CPU generator that is a pure function of the numbers, such as (seed, update, position in the batch)."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

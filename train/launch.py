@@ -1,8 +1,10 @@
 """How every training script starts: as many processes as asked for, all the cores, or a sentence on what is wrong."""
 
 import os
+import signal
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
@@ -56,6 +58,43 @@ def start(
         f"each, mixed precision: {accelerator.mixed_precision}"
     )
     return accelerator
+
+
+class Interruption:
+    """SIGTERM, Ctrl-C, or SIGUSR1 (what a scheduler sends before it takes the machine away): asked for between two
+    updates, so that the run can save and end. A second one ends it at once.
+
+    with Interruption() as interruption: … if interruption.asked(accelerator): …
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> Self:
+        self.before: dict[int, Any] = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def asked(self, accelerator: Accelerator) -> bool:
+        """Whether any of the processes was told to end; the same answer in all of them."""
+        if accelerator.num_processes > 1:
+            number = torch.tensor(self.number, device=accelerator.device)
+            self.number = max(self.number, int(accelerator.gather(number[None]).max()))
+        return self.number != 0
+
+    def exit_code(self) -> int:
+        """As a shell has it for a program that a signal ended."""
+        return 128 + self.number
 
 
 def memory_format(accelerator: Accelerator) -> torch.memory_format:

@@ -6,11 +6,11 @@ epoch): a run that is started again with the same command goes on where its last
 several see the same batches.
 """
 
+import shutil
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # as a script, this folder is first on the path, where this very file would hide the package ldm
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,22 +19,39 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from conditioning.context import Context
 from conditioning.labels import Labels
 from ldm.loss import HybridLoss, denoising_loss, training_noise, training_weight
-from ldm.unet import UNet
-from pipelines.files import read_weights
-from pipelines.folder import save_model
-from train.build import build
-from train.cache import Latents, Texts, cache_latents
+from pipelines.folder import Model
+from train.build import build, optimizer_for
+from train.cache import Texts
 from train.config import parse
-from train.data import draws, permutation
-from train.launch import matrix_type, memory_format, start
-from train.muon import BETAS, Muon
+from train.data import chances, generator
+from train.feed import Feed, open_feed
+from train.inpainting import draw_mask, shown_beside
+from train.launch import Interruption, memory_format, start
+from train.learner import Learner
+from train.meter import Meter
 from train.presets import PRESETS, check_model_settings, preset_for
+from train.prior import with_prior
 from train.settings import Config, settled
-from train.sources import describe, open_source
-from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
-from train.watch import paint_grid, rehearse, sample_prompts, validate
+from train.sources import split_parts
+from train.state import EMA, Carried, clamp_warmup, learning_rate, resume, save_checkpoint
+from train.trained import check_token, learning, make_trainable, save_trained, tells, unsharded
+from train.watch import check_room, evaluating, paint_grid, sample_prompts, validate
+
+LOG_EVERY = 25  # updates
+MAY_CHANGE = (
+    "workers",
+    "cache",
+    "checkpoint_every",
+    "keep",
+    "tracker",
+    "prompts",
+    "updates",
+    "batch_size",
+    "accumulate",
+)
 
 
 @dataclass
@@ -43,158 +60,221 @@ class Batch:
 
     x0: Tensor  # [B, C, h, w], samples of the posterior
     captions: list[str]  # one for each picture; "" where it was dropped
-    noise: Tensor  # like x0
     u: Tensor  # [B], uniform numbers that choose the noise levels
+    noise: Tensor  # like x0
+    weight: Tensor  # [B], of each picture's loss
+    beside: Context  # what the network is told beside the captions
+    options: dict[str, Tensor]  # more arguments of the loss
 
 
 def draw_batch(
-    config: Config, latents: Latents, update: int, first: int, global_batch: int, device: torch.device
+    config: Config,
+    feed: Feed,
+    update: int,
+    first: int,
+    global_batch: int,
+    device: torch.device,
+    *,
+    model: Model | None = None,
+    prior: int = -1,
 ) -> Batch:
-    """Positions first … first + batch_size - 1 of an update's global batch."""
-    count, shape = len(latents.captions), latents.mean.shape[1:]
-    drawn = draws(config.seed, update, first, config.batch_size, global_batch, count, shape)
+    """Positions first … first + batch_size - 1 of an update's global batch.
+
+    model: of labels, which know a picture's first caption alone, or for inpainting, which is shown masks. prior: the
+    part of the data that has a weight of its own.
+    """
+    taken = feed.take(update, first, config.batch_size, global_batch)
+    drawn = chances(config.seed, update, first, config.batch_size, global_batch, taken.mean.shape[1:])
     captions = []
-    for index, chance in zip(drawn.indices.tolist(), drawn.chance, strict=True):
-        group = latents.captions[index]
-        chosen = group[int(chance[0] * len(group))]
+    canonical = model is not None and isinstance(model.conditioner, Labels)
+    for group, chance in zip(taken.captions, drawn.chance.tolist(), strict=True):
+        chosen = group[0 if canonical else int(chance[0] * len(group))]
         captions.append("" if chance[1] < config.caption_dropout else chosen)
     posterior_noise, noise = drawn.normal.to(device)
-    x0 = latents.posterior(drawn.indices, device).sample(posterior_noise)
-    return Batch(x0, captions, noise, drawn.u.to(device))
+    x0 = taken.mean + (taken.logvar / 2).exp() * posterior_noise
+    more = [generator(config.seed, update, position, 1) for position in range(first, first + config.batch_size)]
+    if config.offset_noise:  # N. Guttenberg, "Diffusion with offset noise" (2023)
+        offset = torch.stack([torch.randn(len(x0[0]), 1, 1, generator=draw) for draw in more])
+        noise = noise + config.offset_noise * offset.to(noise)
+    options = {}
+    if config.perturbation:
+        unseen = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more])
+        options["seen"] = noise + config.perturbation * unseen.to(noise)
+    beside = {}
+    if model is not None and model.inpaints:
+        assert taken.pixels is not None
+        masks = torch.stack([draw_mask(draw, *taken.pixels.shape[2:]) for draw in more]).to(device)
+        unlike = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more]).to(device)
+        beside["concat"] = shown_beside(model.vae, taken.pixels, masks, unlike)
+    weight = torch.where(taken.parts.to(device) == prior, config.prior_weight, 1.0)
+    return Batch(x0, captions, drawn.u.to(device), noise, weight, beside, options)
 
 
 def main(config: Config) -> Path:
-    accelerator = start(config.mixed_precision, log_with="tensorboard", project_dir=config.output)
+    accelerator = start(config.mixed_precision, log_with=config.tracker, project_dir=config.output)
     device, rank = accelerator.device, accelerator.process_index
     config = settled(config, accelerator.mixed_precision)
     check_model_settings(config)
-    model = build(config)
+    global_batch = config.batch_size * accelerator.num_processes * config.accumulate
+    found = resume(config.output, config, may_change=MAY_CHANGE, global_batch=global_batch)
+
+    # The model, and what of it learns.
+    model = build(config, found and found[0])
     size = config.size or model.size
     if size % model.vae.downscale:
         raise ValueError(f"--size {size}: expected a multiple of {model.vae.downscale}, the autoencoder's factor")
     for part in model.parts():
         part.to(device)
-    layout = memory_format(accelerator)
-    unet = model.unet.to(memory_format=layout)
-    model.vae.to(memory_format=layout)
+    model.unet.to(memory_format=memory_format(accelerator))
+    model.vae.to(memory_format=memory_format(accelerator))
+    make_trainable(model, config, found and found[0])
 
-    source = open_source(config.data, size, font=config.font, views=config.views)
-    if accelerator.is_main_process:
-        print(describe(source, size))
-    everything = cache_latents(source, model.vae, size, config.cache, accelerator, config.workers)
-    if isinstance(model.conditioner, Labels):  # the names are the pictures' first captions
-        everything = everything._replace(captions=[group[:1] for group in everything.captions])
-    count = len(everything.captions)
-    order = permutation(count, config.seed, -1)
-    held = min(256, count // 20) if count >= 100 else 0
-    latents, validation = everything.select(order[held:]), everything.select(order[:held] if held else order)
-    accelerator.print(
-        f"{count - held} pictures to train on, {held} held out for the validation loss"
-        + ("" if held else " (too few to hold any out: it is measured on the training pictures)")
+    # The data: latents, and the context of every caption.
+    data = with_prior(model, config, size, accelerator) if config.prior else config.data
+    feed = open_feed(
+        data,
+        model.vae,
+        size,
+        seed=config.seed,
+        global_batch=global_batch,
+        cache=config.cache,
+        accelerator=accelerator,
+        workers=config.workers,
+        font=config.font,
+        views=config.views,
+        pixels=model.inpaints,
     )
-    texts = Texts(model.conditioner, everything.captions, device)
-    prompts = sample_prompts(config, model, latents)
+    prior = len(split_parts(data)) - 1 if config.prior else -1
+    validation = feed.validation()
+    every = [group[:1] for group in feed.captions] if isinstance(model.conditioner, Labels) else feed.captions
+    check_token(config, every)
+    texts = model.conditioner if tells(config) else Texts(model.conditioner, every, device)
+    prompts = sample_prompts(config, model, validation)
 
-    unet.train().requires_grad_(True)
-    if isinstance(unet, UNet):
-        unet.gradient_checkpointing = config.gradient_checkpointing
-    noise_levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
+    # The loss, and what follows its gradient.
+    levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
     floor, gamma = config.min_snr_floor, config.min_snr_gamma
-    weight = training_weight(config.weight, model.denoiser, noise_levels, gamma=gamma, floor=floor)
-    loss_of = HybridLoss(model.denoiser) if model.learned_variance else denoising_loss
-    warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
-    ema = EMA(unet, config.ema_decay)
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "muon":
-        optimizer = Muon(unet, config.learning_rate, config.weight_decay, matrix_type(accelerator))
-    else:
-        rate, decay = config.learning_rate, config.weight_decay
-        optimizer = torch.optim.AdamW(unet.parameters(), rate, betas=BETAS, weight_decay=decay, fused=True)
-    update = 0
-    global_batch = config.batch_size * accelerator.num_processes * config.accumulate
-    free = ("workers", "cache", "checkpoint_every", "prompts", "updates", "batch_size", "accumulate")
-    if found := resume(config.output, config, may_change=free, global_batch=global_batch):
-        folder, state = found
-        update = state["update"]
-        unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
-        averaged = read_weights(folder / "unet")
-        ema.load([averaged[name] for name, p in unet.named_parameters() if p.requires_grad])
-        if accelerator.scaler and state.get("scaler"):
-            accelerator.scaler.load_state_dict(state["scaler"])
-        accelerator.print(f"going on from {folder}")
+    weight = training_weight(config.weight, model.denoiser, levels, gamma=gamma, floor=floor)
+    loss_of = HybridLoss(model.denoiser) if model.learned_variance else partial(denoising_loss, huber=config.huber)
+    learner = Learner(model, partial(loss_of, weight=weight), tells(config))
+    optimizer = optimizer_for(learner, config, accelerator)
     if config.compile:
-        model.denoiser.network = torch.compile(unet)  # type: ignore[assignment]
-    denoiser, optimizer = accelerator.prepare(model.denoiser, optimizer)
-    accelerator.init_trackers("ldm")
-    parameters = sum(p.numel() for p in unet.parameters())
-    accelerator.print(f"U-Net: {parameters / 1e6:.2f} M parameters, {config.updates} updates of {global_batch}")
+        model.denoiser.network = torch.compile(model.unet)  # type: ignore[assignment]
+    learner, optimizer = accelerator.prepare(learner, optimizer)
+    weights = learning(model, config)  # after FSDP has put its own in their place
+    ema = EMA(weights.values(), config.ema_decay)  # they are the average still, if a checkpoint was opened
+    meter = Meter(accelerator)
+    carried = Carried(weights, optimizer, accelerator.scaler, {"feed": feed, "meter": meter})
+    warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
+    update, stop = 0, False
+    if found:
+        carried.load(found[1])
+        update = found[1]["update"]
+        accelerator.print(f"going on from {found[0]}")
 
-    def state_now() -> dict[str, Any]:
-        raw = {name: weight.clone() for name, weight in unet.state_dict().items()}
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None  # of fp16
-        return {"unet": raw, "optimizer": optimizer.state_dict(), "scaler": scaler, "global_batch": global_batch}
-
-    if update == 0 and accelerator.is_main_process:
-        rehearse(model, config, validation, texts, prompts, state_now())
-    accelerator.wait_for_everyone()
-
-    bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
-    began, seen = time.perf_counter(), 0
-    while update < config.updates:
-        rate = learning_rate(
-            update, peak=config.learning_rate, warmup=warmup, updates=config.updates, schedule=config.schedule
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    def learn() -> tuple[float, float]:
+        """One update: the loss on this process, and the norm of the gradient."""
         total = torch.zeros((), device=device)
         for micro in range(config.accumulate):
             first = (micro * accelerator.num_processes + rank) * config.batch_size
-            batch = draw_batch(config, latents, update, first, global_batch, device)
-            sigma = noise_levels.sigma(batch.u)
-            loss = loss_of(denoiser, batch.x0, texts(batch.captions), sigma, batch.noise, weight).mean()
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss.item()} at update {update} (captions {batch.captions[:3]} …): lower "
-                    f"--learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
-                )
+            batch = draw_batch(config, feed, update, first, global_batch, device, model=model, prior=prior)
+            sigma = levels.sigma(batch.u)
+            told = batch.captions if tells(config) else texts(batch.captions)
+            losses = batch.weight * learner(batch.x0, told, sigma, batch.noise, batch.beside, **batch.options)
+            loss = losses.mean()
+            _refuse_not_finite("loss", loss, update, batch, config)
             accelerator.backward(loss / config.accumulate)
+            meter.add(sigma, losses)
             total += loss.detach() / config.accumulate
-        norm = accelerator.clip_grad_norm_(unet.parameters(), config.clip)
-        if not torch.isfinite(norm) and not accelerator.scaler:  # which leaves such a step out
-            raise ValueError(
-                f"the gradient is {norm.item()} at update {update} (captions {batch.captions[:3]} …): lower "
-                f"--learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
-            )
+        norm = accelerator.clip_grad_norm_(weights.values(), config.clip)
+        if not accelerator.scaler:  # which leaves such a step out
+            _refuse_not_finite("gradient", norm, update, batch, config)
         optimizer.step()
         optimizer.zero_grad()
-        ema.step(update)
+        if meter.is_spike(float(total)):
+            tqdm.write(f"update {update}: the loss jumped to {float(total):.3g} (captions {batch.captions[:3]} …)")
+        return float(total), float(norm)
 
-        update += 1
-        seen += global_batch
-        bar.update()
-        if update % 25 == 0 or update == config.updates:
-            numbers = {"loss": float(accelerator.reduce(total, "mean")), "gradient_norm": float(norm)}
-            numbers |= {"pictures_per_second": seen / (time.perf_counter() - began), "learning_rate": rate}
-            accelerator.log(numbers | {"ema_distance": ema.distance()}, update)
-            bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
-        if update % config.checkpoint_every == 0 or update == config.updates:
-            if accelerator.is_main_process:
-                state = state_now()  # the trained weights; the model's are the averaged ones from here on
-                with ema.applied():
-                    unet.eval()
-                    saved = save_checkpoint(config.output, update, lambda f: save_model(model, f), state, config)
-                    errors = validate(model.denoiser, validation, texts, device, config.batch_size)
-                    accelerator.log(errors, update)
-                    shown = ", ".join(f"{k.split()[-1]}: {v:.3f}" for k, v in errors.items())
-                    tqdm.write(f"update {update}: validation error by sigma {shown}; saved {saved}")
-                    paint_grid(model, config, prompts, config.output / "samples" / f"{update:07d}.png")
-                    unet.train()
-            accelerator.wait_for_everyone()
+    def save(output: Path) -> Path | None:
+        """A checkpoint; all processes have to ask, because each may hold a part of the weights."""
+        state = carried.state() | {"global_batch": global_batch}
+        with ema.applied():
+            shown = unsharded(model)
+            if not accelerator.is_main_process:
+                return None
+            return save_checkpoint(
+                output, update, partial(save_trained, shown, config), state, config, keep=config.keep
+            )
+
+    def look(count: int, prompts: list[str], file: Path | None, steps: int | None = None) -> None:
+        """Validation errors and a grid of samples, by the averaged weights."""
+        with ema.applied(), evaluating(model, device):
+            shown = validation.select(torch.arange(count))
+            errors = validate(model, shown, texts, device, config.batch_size)
+            paint_grid(model, config, prompts, shown, file if accelerator.is_main_process else None, steps)
+        if steps is None:
+            accelerator.log(errors, update)
+            said = ", ".join(f"{k.split()[-1]}: {v:.3f}" for k, v in errors.items())
+            accelerator.print(f"\nupdate {update}: validation error by sigma {said}; samples in {file}")
+
+    # A rehearsal: what can't work shows before hours of training, not after them; then all is as it was.
+    place, before = config.output / ".rehearsal", carried.state()
+    try:
+        learn()
+        carried.load(before)
+        model.conditioner(prompts)
+        if saved := save(place):
+            check_room(config.output, saved, config.keep)
+        look(min(len(validation.captions), config.batch_size), prompts[:1], place / "samples.png", steps=2)
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(place, ignore_errors=True)
+    meter.measure(model, feed.shapes[0], texts([""]), update)
+    accelerator.init_trackers("ldm")
+    count = sum(weight.numel() for weight in weights.values())
+    accelerator.print(f"{count:,} weights learn; {config.updates} updates of {global_batch}")
+
+    bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
+    with Interruption() as interruption:
+        while update < config.updates:
+            rate = learning_rate(
+                update, peak=config.learning_rate, warmup=warmup, updates=config.updates, schedule=config.schedule
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, norm = learn()
+            ema.step(update)
+
+            update += 1
+            bar.update()
+            if update % LOG_EVERY == 0 or update == config.updates:
+                mean = accelerator.reduce(torch.tensor(loss, device=device), "mean")
+                numbers = {"loss": float(mean), "gradient_norm": norm, "learning_rate": rate}
+                numbers |= meter.read(update, global_batch) | {"ema_distance": ema.distance()}
+                accelerator.log(numbers, update)
+                bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
+            stop = interruption.asked(accelerator)
+            if stop or update % config.checkpoint_every == 0 or update == config.updates:
+                save(config.output)
+            if stop:
+                break
+            if update % config.checkpoint_every == 0 or update == config.updates:
+                look(len(validation.captions), prompts, config.output / "samples" / f"{update:07d}.png")
     bar.close()
     accelerator.end_training()
+    if stop:
+        accelerator.print(f"told to end: update {update} is saved, and the same command goes on with it")
+        sys.exit(interruption.exit_code())
     accelerator.print(f"done. Look at {config.output}/samples, and paint: atelier PROMPT --model {config.output}")
     return config.output
+
+
+def _refuse_not_finite(what: str, value: Tensor, update: int, batch: Batch, config: Config) -> None:
+    if not torch.isfinite(value):
+        raise ValueError(
+            f"the {what} is {value.item()} at update {update} (captions {batch.captions[:3]} …): lower --learning-rate "
+            f"or set --mixed-precision no; the checkpoints in {config.output} are untouched"
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from ldm.pixel_unet import PixelUNetConfig
 from ldm.unet import UNetConfig
 from train.launch import MixedPrecision
 
+# Attention's projections, by the names that they have in the U-Net and in CLIP's text encoder.
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 SMALL = UNetConfig(
     block_out_channels=(64, 128),
     layers_per_block=1,
@@ -25,6 +27,17 @@ class Config:
     data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms" or "pictograms:all"; several joined by +
     output: Path = Path("runs/shapes")  # checkpoints, sample grids and logs
     model: str = ""  # model to fine-tune: folder, hub id or "bundled"; "" trains a new U-Net
+    train: tuple[Literal["unet", "text_encoder"], ...] = ("unet",)  # what learns, or gets adapters
+    lora_rank: int = 0  # above 0: learn adapters of this rank beside --model's weights, which stay as they are
+    lora_alpha: int | None = None  # adapters count alpha / rank times; None: once
+    lora_targets: tuple[str, ...] = LORA_TARGETS  # ends of the names of the layers that get adapters
+    token: str = ""  # learn this new word of --model's text encoder, and nothing else (textual inversion)
+    token_from: str = ""  # a known word that it begins as, such as "toy"
+    token_vectors: int = 1  # how many vectors the word stands for
+    prior: str = ""  # a caption such as "a dog", of which --model paints pictures that keep it what it is (DreamBooth)
+    prior_pictures: int = 200  # how many of them; half of what is seen is theirs
+    prior_weight: float = 1.0  # of their loss
+    inpainting: bool = False  # the U-Net is also told a mask and what lies around it
     unet: UNetConfig | PixelUNetConfig = SMALL  # of a new model; channels follow the autoencoder and the encoder
     vae: str = "bundled"  # autoencoder of a new model: folder, "bundled", or "none" for pixels, "grey" for grey ones
     text_encoder: str = "bundled"  # conditioning of a new model: model folder, "bundled", "labels" or "none"
@@ -36,7 +49,10 @@ class Config:
     noise: Literal["uniform", "log_normal", "logit_normal"] = "log_normal"  # distribution of training noise
     noise_mean: float | None = None  # of log(sigma), not for uniform; None: 0.4, or the paper's for logit_normal, 0
     noise_std: float | None = None  # likewise; None: 1.4, or the paper's for logit_normal, 1
-    weight: Literal["plain", "min_snr", "edm", "x0", "elbo"] = "plain"
+    weight: Literal["plain", "min_snr", "debiased", "edm", "x0", "elbo"] = "plain"
+    huber: float = 0.0  # c of the pseudo-Huber loss, 0.1 for instance; 0: the square
+    offset_noise: float = 0.0  # deviation of noise that is one number for a channel, 0.05 for instance
+    perturbation: float = 0.0  # more noise that the network sees and is not told of, 0.1 for instance
     min_snr_gamma: float = 5.0  # largest weight of "min_snr"
     min_snr_floor: float = 0.0  # smallest; above 0 for a path that ends in pure noise
     caption_dropout: float = 0.1  # share of captions replaced by the null context, for classifier-free guidance
@@ -45,7 +61,7 @@ class Config:
     updates: int = 1200  # optimizer updates in all
     batch_size: int = 32  # pictures in one step of one process
     accumulate: int = 1  # steps in one update
-    optimizer: Literal["muon", "adamw"] = "muon"  # Muon moves the matrices, AdamW the rest or all
+    optimizer: Literal["muon", "adamw", "adamw8bit"] = "muon"  # Muon moves the matrices, AdamW the rest or all
     learning_rate: float = 2e-3  # AdamW wants about half of what Muon does
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: int = 100  # updates of linear warm-up
@@ -57,6 +73,8 @@ class Config:
     gradient_checkpointing: bool = False  # less memory, a third more arithmetic
     seed: int = 0
     checkpoint_every: int = 400  # updates; also how often validation runs and a sample grid is painted
+    keep: int = 2  # newest checkpoints that stay
+    tracker: str = "tensorboard"  # who gets the numbers: any tracker of Accelerate that is installed
     prompts: tuple[str, ...] = ()  # of the sample grid; by default some of the data's own
     steps: int | None = None  # of the sampler, the model's default from now on; None: 20, or what it was before
     guidance_scale: float | None = None  # likewise; None: 3, or what it was before
@@ -67,11 +85,34 @@ class Config:
     font: str | None = None  # the colour emoji font's file, for pictograms
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "accumulate", "checkpoint_every", "steps", "views"):
+        for name in (
+            "updates",
+            "batch_size",
+            "accumulate",
+            "checkpoint_every",
+            "keep",
+            "steps",
+            "views",
+            "token_vectors",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
         if self.size is not None and self.size < 1:
             raise ValueError(f"--size is {self.size}: expected at least 1")
+        for name in ("lora_rank", "huber", "offset_noise", "perturbation", "prior_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 0")
+        if not self.train or len(set(self.train)) < len(self.train):
+            raise ValueError(f"--train {' '.join(self.train)}: expected unet, text_encoder or both")
+        for name in ("lora_rank", "token", "prior"):
+            if getattr(self, name) and not self.model:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} adds to a model that can paint already: name it by --model"
+                )
+        if self.token and self.lora_rank:
+            raise ValueError("--token learns a word and nothing else: leave out --lora-rank")
+        if self.learned_variance and (self.huber or self.perturbation):
+            raise ValueError("--learned-variance has a loss of its own: leave out --huber and --perturbation")
         if self.gradient_checkpointing and isinstance(self.unet, PixelUNetConfig):
             raise ValueError("--gradient-checkpointing is for the text U-Net; the one for small pictures has none")
         if self.model and self.learned_variance:

@@ -1,19 +1,89 @@
-"""What a training run carries from update to update, and how it gets it back: EMA, learning rate, checkpoints."""
+"""What a training run carries from update to update, and how it gets it back: EMA, learning rate, checkpoints.
 
+Weights may be sharded over processes (FSDP, a `DTensor` each). Averages are then of this process's shards; a checkpoint
+holds whole tensors, so that any number of processes may go on with it.
+"""
+
+import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipelines.files import checkpoints
+
+
+def whole(value: Any) -> Any:
+    """A copy of a state in the computer's own memory, in which sharded tensors are whole; all processes have to ask."""
+    if isinstance(value, dict):
+        return {key: whole(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [whole(part) for part in value]
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True)
+    return value
+
+
+def sharded_like(value: Tensor, weight: Tensor) -> Tensor:
+    """A whole tensor on the device of a weight, and sharded as that is."""
+    if isinstance(weight, DTensor):
+        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+    return value.to(weight.device)
+
+
+class Resumable(Protocol):
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Carried:
+    """What goes from one update to the next, but for the average, which a checkpoint's model folder has."""
+
+    weights: dict[str, nn.Parameter]  # that learn
+    optimizer: torch.optim.Optimizer
+    scaler: Any  # of fp16, or None
+    others: dict[str, Resumable]
+
+    def state(self) -> dict[str, Any]:
+        """Copies, in which sharded tensors are whole; all processes have to ask."""
+        state = {"weights": whole(self.weights), "optimizer": whole(self.optimizer.state_dict())}
+        state["scaler"] = self.scaler.state_dict() if self.scaler else None
+        return state | {name: other.state() for name, other in self.others.items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes a state up, whatever the weights are sharded over now."""
+        for name, weight in self.weights.items():
+            weight.copy_(sharded_like(state["weights"][name], weight))
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        kept = {
+            i: {
+                name: sharded_like(value, weights[i]) if isinstance(value, Tensor) and value.ndim else value
+                for name, value in of_weight.items()
+            }
+            for i, of_weight in state["optimizer"]["state"].items()
+        }
+        groups = state["optimizer"]["param_groups"]
+        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        for name, other in self.others.items():
+            other.load(state[name])
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class EMA:
@@ -22,15 +92,16 @@ class EMA:
     The decay warms up as (1 + update) / (10 + update), so that the first updates do not linger.
     """
 
-    def __init__(self, network: nn.Module, decay: float):
+    def __init__(self, network: nn.Module | Iterable[Tensor], decay: float):
+        weights = network.parameters() if isinstance(network, nn.Module) else network
         self.decay = decay
-        self.source = [p for p in network.parameters() if p.requires_grad]
-        self.weights = [p.detach().float().clone() for p in self.source]
+        self.source = [_local(p.detach()) for p in weights if p.requires_grad]  # shares its memory with p
+        self.weights = [p.float().clone() for p in self.source]
 
     @torch.no_grad()
     def step(self, update: int) -> None:
         decay = min(self.decay, (1 + update) / (10 + update))
-        torch._foreach_lerp_(self.weights, [p.detach().float() for p in self.source], 1 - decay)
+        torch._foreach_lerp_(self.weights, [p.float() for p in self.source], 1 - decay)
 
     @torch.no_grad()
     def distance(self) -> float:
@@ -50,7 +121,7 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for average, parameter in zip(self.weights, self.source, strict=True):
-            kept = parameter.detach().clone()
+            kept = parameter.clone()
             parameter.copy_(average)
             average.copy_(kept)
 
@@ -88,24 +159,52 @@ def save_checkpoint(
 
     `write(folder)` saves the model folder; `state` (tensors, numbers, containers) goes to training/state.pt, which
     opens with `weights_only=True`. All but the newest `keep` checkpoints are deleted afterwards.
+
+    Raises ValueError when the disk is full; what was there before is there still.
     """
     final = output / f"checkpoint-{update:07d}"
     partial = output / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "training").mkdir(parents=True)
-    write(partial)
-    torch.save({"update": update, **state}, partial / "training" / "state.pt")
-    (partial / "training" / "config.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    try:
+        (partial / "training").mkdir(parents=True)
+        write(partial)
+        torch.save({"update": update, **state}, partial / "training" / "state.pt")
+        (partial / "training" / "config.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+        for file in partial.rglob("*"):
+            _sync(file)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not _is_full(error):
+            raise
+        left = checkpoints(output)
+        raise ValueError(
+            f"the disk of {output} is full: the checkpoint of update {update} is not written, "
+            + (f"{left[-1].name} is whole. " if left else "and there is none before it. ")
+            + "Make room and type the same command again"
+        ) from error
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
+    _sync(output)
     for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def _sync(path: Path) -> None:
+    """To the disk itself: a file's contents, or the names in a folder."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether writing failed for want of room; safetensors and torch.save have only words for it."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    said = str(error)
+    return full or "No space left" in said or "os error 28" in said or "PytorchStreamWriter failed" in said
 
 
 def resume(

@@ -1,33 +1,42 @@
 """What a person watches while a model trains: errors by noise level, painted prompts, and a rehearsal before it all."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from conditioning.context import Context
+from conditioning.context import Conditioner, Context
 from conditioning.labels import Labels
 from ldm.denoiser import Denoiser
 from ldm.loss import denoising_loss
-from pipelines.folder import Model, save_model
+from pipelines.files import checkpoints
+from pipelines.folder import Model
 from pipelines.text_to_image import TextToImagePipeline
-from train.cache import Latents, Texts
+from train.cache import Latents
 from train.data import generator, permutation
 from train.grid import grid
+from train.inpainting import nothing_known
 from train.settings import Config
-from train.state import save_checkpoint
 
 
 @torch.no_grad()
 def validate(
-    denoiser: Denoiser, latents: Latents, texts: Texts, device: torch.device, batch_size: int = 128
+    model: Model, latents: Latents, texts: Conditioner, device: torch.device, batch_size: int = 128
 ) -> dict[str, float]:
-    """`errors_by_level` of a set's first 128 pictures."""
+    """`errors_by_level` of a set's first 128 pictures; of an inpainting model where it is shown nothing of them."""
     captions = [group[0] for group in latents.captions[:128]]
     x0 = latents.posterior(torch.arange(len(captions)), device).mean
-    return errors_by_level(denoiser, x0, lambda rows: texts([captions[i] for i in rows.tolist()]), batch_size)
+    beside = nothing_known(model.vae, x0) if model.inpaints else None
+
+    def contexts(rows: Tensor) -> Context:
+        told = texts([captions[i] for i in rows.tolist()])
+        return told if beside is None else {**told, "concat": beside[rows]}
+
+    return errors_by_level(model.denoiser, x0, contexts, batch_size)
 
 
 @torch.no_grad()
@@ -49,30 +58,52 @@ def errors_by_level(
     return {f"validation/sigma {sigma}": e / len(x0) / max(float(x0.var()), 1e-12) for sigma, e in errors.items()}
 
 
-def paint_grid(model: Model, config: Config, prompts: list[str], file: Path, steps: int | None = None) -> None:
-    """Samples of the prompts, in seeds 0 … n - 1, each over its prompt."""
+@torch.no_grad()
+def paint_grid(
+    model: Model, config: Config, prompts: list[str], latents: Latents, file: Path | None, steps: int | None = None
+) -> None:
+    """Samples of the prompts, in seeds 0 … n - 1, each over its prompt; an inpainting model paints the middles of
+    pictures. No file: painted, for others that need this process's share of the weights, and thrown away."""
     pipe = TextToImagePipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(prompts, steps=steps, seed=0, height=config.size, width=config.size).images
-    file.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, prompts, columns=4).save(file)
+    call: dict[str, Any] = {"height": config.size, "width": config.size}
+    if model.inpaints:
+        chosen = torch.arange(len(prompts)) % len(latents.captions)
+        decoded = model.vae.decode(latents.posterior(chosen, pipe.device).mean)
+        height, width = decoded.shape[2:]
+        mask = torch.zeros(1, height, width)
+        mask[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = 1
+        call = {"image": (decoded.float().clamp(-1, 1) + 1) / 2, "mask": mask}
+    images = pipe(prompts, steps=steps, seed=0, **call).images
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        grid(images, prompts, columns=4).save(file)
 
 
-def rehearse(model: Model, config: Config, latents: Latents, texts: Texts, prompts: list[str], state: dict) -> None:
-    """Measures a batch, paints one prompt and saves, into a folder that goes: what can't work fails before training."""
-    place = config.output / ".rehearsal"
-    device = next(model.unet.parameters()).device
-    model.unet.eval()
+@contextmanager
+def evaluating(model: Model, device: torch.device) -> Iterator[None]:
+    """Inside, all parts of the model are on the device and none is in training mode; afterwards each is as it was."""
+    parts = model.parts()
+    before = [(part.training, next((p.device for p in part.parameters()), device)) for part in parts]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.conditioner(prompts)
-            first = latents.select(torch.arange(min(config.batch_size, len(latents.captions))))
-            validate(model.denoiser, first, texts, device, config.batch_size)
-            save_checkpoint(place, 0, lambda folder: save_model(model, folder), state, config)
-            paint_grid(model, config, prompts[:1], place / "samples.png", steps=2)
+        for part in parts:
+            part.eval().to(device)
+        yield
     finally:
-        shutil.rmtree(place, ignore_errors=True)
-        model.unet.train()
+        for part, (mode, place) in zip(parts, before, strict=True):
+            part.train(mode).to(place)
+
+
+def check_room(output: Path, checkpoint: Path, keep: int) -> None:
+    """ValueError unless there is room for the checkpoints that stay, as large as this one, and the next."""
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    free = shutil.disk_usage(output).free
+    there = len(checkpoints(output))
+    if free < size * max(1, keep + 1 - there):
+        raise ValueError(
+            f"{output} has {free / 1e9:.2f} GB left, and a checkpoint takes {size / 1e9:.2f}, of which {keep} stay and "
+            "one more is written: make room, choose another --output, or --keep fewer"
+        )
 
 
 def sample_prompts(config: Config, model: Model, latents: Latents) -> list[str]:

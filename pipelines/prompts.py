@@ -1,0 +1,45 @@
+"""From prompts and negative prompts to the two contexts of classifier-free guidance."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from conditioning.clip import ClipTextEncoder
+from conditioning.context import Context
+from conditioning.semantic import SemanticEncoder
+from conditioning.text import TextEncoder
+
+
+def contexts(
+    conditioner: Any, prompts: list[str], negatives: list[str], clip_skip: int | None
+) -> tuple[Context, Context]:
+    """The contexts of the prompts and of the negative prompts, one row each, in one shape.
+
+    Raises ValueError for a conditioner that takes no texts, or has no layers to skip.
+    """
+    if isinstance(conditioner, SemanticEncoder):
+        raise ValueError("this is a diffusion autoencoder, told pictures: open it by DiffusionAutoencoderPipeline")
+    if clip_skip and not isinstance(conditioner, ClipTextEncoder):
+        raise ValueError("clip_skip belongs to a model with a CLIP text encoder")
+    if not isinstance(conditioner, TextEncoder):
+        return conditioner(prompts), conditioner(negatives)
+    # Both in as many windows as the longest needs, and every distinct text once.
+    texts = list(dict.fromkeys(prompts + negatives))
+    with _skipping(conditioner, clip_skip):
+        hidden = conditioner(texts, chunks=conditioner.chunks(texts))["encoder_hidden_states"]
+    row = {text: i for i, text in enumerate(texts)}
+    cond, uncond = (hidden[[row[t] for t in group]] for group in (prompts, negatives))
+    return {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
+
+
+@contextmanager
+def _skipping(encoder: TextEncoder, clip_skip: int | None) -> Iterator[None]:
+    """The encoder without its last layers, where asked for, and as it was afterwards."""
+    if clip_skip is None or not isinstance(encoder, ClipTextEncoder):
+        yield
+        return
+    kept, encoder.clip_skip = encoder.clip_skip, clip_skip
+    try:
+        yield
+    finally:
+        encoder.clip_skip = kept

@@ -1,0 +1,53 @@
+"""What the tests of training share beside the fixtures `pixels` and `latents`: a look at what a run left, and its end."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train.ldm
+from ldm.unet import UNetConfig
+from pipelines import TextToImagePipeline
+from train.state import checkpoints
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow", "purple", "orange")
+UNET = UNetConfig(
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    cross_attention_dim=32,
+    attention_head_dim=2,
+    norm_num_groups=8,
+)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run)[-1] / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def state(run: Path) -> dict:
+    return torch.load(checkpoints(run)[-1] / "training" / "state.pt", weights_only=True)
+
+
+def paint(run: Path, prompt: str = "a red square", **call) -> np.ndarray:
+    pipe = TextToImagePipeline.from_pretrained(run, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return np.asarray(pipe(prompt, seed=0, **call).images[0], np.float32)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    rate = train.ldm.learning_rate
+
+    def killing(update: int, **kwargs) -> float:
+        if update == at:
+            raise Killed
+        return rate(update, **kwargs)
+
+    monkeypatch.setattr(train.ldm, "learning_rate", killing)

@@ -1,0 +1,136 @@
+"""Folders of pictures, and where their captions are found: metadata.jsonl, metadata.csv, .txt files, class folders."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from train.captions import Template, captions_of, clean
+from train.hashes import FileHashes
+from train.pictures import MAX_UNUSABLE, PICTURES, UNREADABLE, Example, digest, rgb, upright_size
+
+
+@dataclass
+class FolderSource:
+    """Picture files and their captions; nothing is decoded before it is asked for."""
+
+    files: list[Path]
+    captions: list[tuple[str, ...]]
+    origin: str  # where the captions were found
+    notes: list[str] = field(default_factory=list)  # what was left out, for the person at the terminal
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        file = self.files[index]
+        try:
+            with Image.open(file) as image:
+                return Example(rgb(image), self.captions[index], str(file))
+        except UNREADABLE as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    def picture_size(self, index: int) -> tuple[int, int]:
+        """(width, height), from the header alone."""
+        try:
+            with Image.open(self.files[index]) as image:
+                return upright_size(image)
+        except UNREADABLE as error:
+            raise ValueError(f"{self.files[index]}: {error}") from None
+
+    def fingerprint(self, hashes: FileHashes | None = None) -> str:
+        return digest(json.dumps(self.captions), *(hashes or FileHashes()).of(self.files))
+
+
+class Found(NamedTuple):
+    """What a place that holds captions says."""
+
+    where: str
+    captions: dict[Path, tuple[str, ...]]
+
+
+def open_folder(folder: Path, template: Template | None = None) -> FolderSource:
+    """The pictures of a folder and of those below it; ValueError where too many have no caption."""
+    pictures = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not f.name.startswith("."))
+    if not pictures:
+        raise ValueError(
+            f"no pictures in {folder}: expected files ending in {', '.join(sorted(PICTURES))}, .parquet or .tar files"
+        )
+    origin, found = _captions(folder, pictures, template)
+    captioned = [(f, found[f]) for f in pictures if found.get(f)]
+    notes = [f"no caption: {f}" for f in pictures if not found.get(f)]
+    there = set(pictures)
+    notes += [f"named in {origin}, but not there: {f}" for f in found if f not in there]
+    if len(pictures) - len(captioned) > MAX_UNUSABLE * len(pictures):
+        raise ValueError(
+            f"{len(pictures) - len(captioned)} of {len(pictures)} pictures in {folder} have no caption (captions from "
+            f"{origin}; at most {MAX_UNUSABLE:.0%} may lack one), for instance {notes[0].removeprefix('no caption: ')}."
+            ' Add metadata.jsonl with lines {"file_name": ..., "text": ...}, or a .txt file beside each picture'
+        )
+    return FolderSource([f for f, _ in captioned], [c for _, c in captioned], origin, notes)
+
+
+def _captions(folder: Path, pictures: list[Path], template: Template | None) -> Found:
+    """Where captions were found, by the precedence in the module's text, and file -> captions."""
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (folder / name).is_file():
+            return Found(name, _read_metadata(folder / name, template))
+    if any(f.with_suffix(".txt").is_file() for f in pictures):
+        texts = {f: f.with_suffix(".txt") for f in pictures}
+        said = {f: clean(read_text(t).splitlines()) for f, t in texts.items() if t.is_file()}
+        return Found(".txt files", _made(said, "text", ".txt files", template))
+    said = {f: (f.parent.name.replace("_", " "),) for f in pictures if f.parent != folder}
+    return Found("class folders", _made(said, "label", "class folders", template))
+
+
+def _made(
+    said: dict[Path, tuple[str, ...]], name: str, where: str, template: Template | None
+) -> dict[Path, tuple[str, ...]]:
+    if not template:
+        return said
+    template.check([name], where)
+    return {file: template({name: list(captions)}) for file, captions in said.items()}
+
+
+def _read_metadata(file: Path, template: Template | None) -> dict[Path, tuple[str, ...]]:
+    lines = io.StringIO(read_text(file), newline="")
+    if file.suffix == ".csv":
+        rows: list[tuple[int, dict]] = list(enumerate(csv.DictReader(lines), 2))
+    else:
+        rows = [(n, _json_object(line, file, n)) for n, line in enumerate(lines, 1) if line.strip()]
+    if template:
+        template.check({str(name) for _, row in rows for name in row}, file.name)
+    found: dict[Path, tuple[str, ...]] = {}
+    for number, row in rows:
+        if not row.get("file_name") or not isinstance(row["file_name"], str):
+            raise ValueError(f"{file}, line {number}: expected 'file_name' and 'text', got {sorted(map(str, row))}")
+        captions = template(row) if template else captions_of(row, f"{file}, line {number}")
+        picture = file.parent / row["file_name"]
+        found[picture] = found.get(picture, ()) + captions
+    return found
+
+
+def read_text(file: Path) -> str:
+    """ValueError where a file is not UTF-8."""
+    return decoded(file.read_bytes(), str(file))
+
+
+def decoded(text: bytes, name: str) -> str:
+    try:
+        return text.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 ({error}): save it as UTF-8") from None
+
+
+def _json_object(line: str, file: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{file}, line {number}: expected a JSON object, got {line.strip()[:60]}")
+    return row

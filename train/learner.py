@@ -1,0 +1,36 @@
+"""The loss as one module: what DDP and FSDP wrap."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from conditioning.context import Context
+from pipelines.folder import Model
+
+Loss = Callable[..., Tensor]  # as `ldm.loss.denoising_loss`: [B]
+
+
+class Learner(nn.Module):
+    """A model's loss as a module: everything that learns is called through it.
+
+    tells: the text encoder learns as well, so captions come in and not their context.
+    """
+
+    def __init__(self, model: Model, loss: Loss, tells: bool):
+        super().__init__()
+        self.denoiser, self.loss = model.denoiser, loss
+        self.conditioner = model.conditioner if tells else None
+
+    def forward(
+        self, x0: Tensor, told: Context | list[str], sigma: Tensor, noise: Tensor, beside: Context, **options: Any
+    ) -> Tensor:
+        """The loss of each picture, [B].
+
+        Args:
+            x0, sigma, noise, options: of the loss.
+            told: the context of the captions, or the captions.
+            beside: what else the network is told.
+        """
+        context: Any = told if self.conditioner is None else self.conditioner(told)
+        return self.loss(self.denoiser, x0, context | beside, sigma, noise, **options)

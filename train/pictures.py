@@ -1,0 +1,92 @@
+"""What every source of pictures shares: an example, what counts as a picture, how it becomes RGB, and hashes."""
+
+import hashlib
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from train.hashes import FileHashes
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+MAX_UNUSABLE = 0.05  # share of pictures without a caption, or broken, above which training is refused
+# What Pillow raises, and what its decoders let through.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class Example(NamedTuple):
+    image: Image.Image  # RGB
+    captions: tuple[str, ...]  # any of them may be used; the first is the canonical one
+    key: str  # names the picture in messages
+
+
+class Source(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+    def picture_size(self, index: int) -> tuple[int, int]: ...  # (width, height), where it can be without decoding
+    def fingerprint(self, hashes: "FileHashes | None" = None) -> str: ...  # hashes: of files, remembered
+
+
+class Row(NamedTuple):
+    """A captioned picture as it lies in its file."""
+
+    picture: bytes | None
+    captions: tuple[str, ...]
+    key: str
+
+    def example(self) -> Example:
+        """Decoded. Raises ValueError, which names the picture."""
+        if self.picture is None:
+            raise ValueError(f"{self.key}: no picture in this row")
+        try:
+            with Image.open(io.BytesIO(self.picture)) as image:
+                return Example(rgb(image), self.captions, self.key)
+        except UNREADABLE as error:
+            raise ValueError(f"{self.key}: {error}") from None
+
+    def size(self) -> tuple[int, int]:
+        """(width, height), from the header alone. Raises what `example` does."""
+        if self.picture is None:
+            raise ValueError(f"{self.key}: no picture in this row")
+        try:
+            with Image.open(io.BytesIO(self.picture)) as image:
+                return upright_size(image)
+        except UNREADABLE as error:
+            raise ValueError(f"{self.key}: {error}") from None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) once it is turned as its EXIF data says; nothing is decoded."""
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """RGB, turned as its EXIF data says, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def digest(*parts: str | bytes) -> str:
+    """What names a cache: a hash of everything that decides what lies in it."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part.encode() if isinstance(part, str) else part)
+        hashed.update(b"\0")
+    return hashed.hexdigest()[:24]
+
+
+def file_hash(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,136 @@
+"""Sets that are read from one end to the other: parquet files and tars, local or remote, and sets of the hub.
+
+Nothing is copied to the disk, and a file is opened when its turn comes. Remote paths are whatever `datasets` opens
+(fsspec is below it): https://…, s3://…, hf://….
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.captions import Template
+from train.pictures import Row, digest
+from train.sources import HUB, expand, is_remote
+from train.tables import Columns, find_columns, row_of
+from train.tars import samples, tar_captions
+
+READ = 256  # rows of a parquet file that are in memory at once
+
+Place = list[int]  # where in a file a row begins: [row group, row] of parquet, [byte] of a tar; [] is the beginning
+
+
+@dataclass
+class Shards:
+    """The files of a set, each an endless source of rows for who reads it again."""
+
+    name: str
+    files: list[str]
+    template: Template | None = None
+    columns: Columns | None = field(init=False, default=None)  # of parquet files
+
+    def __post_init__(self) -> None:
+        if self.files[0].endswith(".parquet"):
+            self.columns = find_columns(self._table(self.files[0]).features, self.files[0], self.template)
+
+    @property
+    def origin(self) -> str:
+        said = self.columns.origin if self.columns else ".txt and .json files in tars"
+        return f"{said}, a stream of {len(self.files):,} file(s)"
+
+    def fingerprint(self) -> str:
+        """Of the names of the files, and of what is taken from them."""
+        return digest(self.origin, *self.files)
+
+    def rows(self, file: int, place: Place) -> Iterator[tuple[Row, Place]]:
+        """The rows of a file from `place` on, each with where it begins. Raises ValueError, which names the file."""
+        name = self.files[file]
+        try:
+            yield from (self._parquet_rows if self.columns else self._tar_rows)(name, place)
+        except ImportError as error:  # of what fsspec needs for this kind of path
+            raise ValueError(f"--data {name!r}: {error} (pip install it)") from None
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
+
+    def _tar_rows(self, name: str, place: Place) -> Iterator[tuple[Row, Place]]:
+        from datasets.utils.file_utils import xopen
+
+        with xopen(name, "rb") as opened:
+            for sample in samples(opened, name, *place):
+                if sample.picture is None:
+                    continue
+                begin, length = sample.picture
+                opened.seek(begin)
+                captions = tar_captions(sample, name, self.template)
+                yield Row(opened.read(length), captions, f"{name}: {sample.key}"), [sample.begin]
+
+    def _parquet_rows(self, name: str, place: Place) -> Iterator[tuple[Row, Place]]:
+        assert self.columns
+        table = self._table(name, [self.columns.image, *self.columns.used])
+        first, skipped = place or (0, 0)
+        for group in range(first, table.num_shards):
+            row = 0
+            for part in table.shard(table.num_shards, group).iter(READ):
+                if row + len(part) > skipped:
+                    for values in part.slice(max(0, skipped - row)).to_pylist():
+                        number = max(row, skipped)
+                        yield row_of(values, self.columns, f"{name}: row {number} of group {group}"), [group, number]
+                        row, skipped = number + 1, 0
+                else:
+                    row += len(part)
+            skipped = 0
+
+    def _table(self, name: str, columns: list[str] | None = None) -> Any:
+        """A file as Arrow tables, one shard of it for each of its row groups."""
+        import datasets
+
+        try:
+            table = datasets.load_dataset(
+                "parquet", data_files=[name], split="train", streaming=True, batch_size=READ, columns=columns
+            )
+            return table.reshard().with_format("arrow")
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(f"cannot read {name} as parquet: {error}") from None
+
+
+def open_shards(data: str, template: str = "") -> Shards:
+    """What one part of `--data` names, as a stream. Raises ValueError where it is nothing that can be streamed."""
+    made = Template(template) if template else None
+    files = _listed(data)
+    kinds = {Path(file).suffix for file in files}
+    if len(kinds) != 1 or not kinds <= {".parquet", ".tar"}:
+        raise ValueError(
+            f"--data {data!r} cannot be streamed: expected .parquet files or .tar files, a folder of either, or a set "
+            f"of the hub that is made of them; found {', '.join(sorted(kinds)) or 'none'}. Leave out --streaming for "
+            "other local data"
+        )
+    return Shards(data, files, made)
+
+
+def _listed(data: str) -> list[str]:
+    import datasets
+    from datasets.data_files import resolve_pattern
+
+    path = Path(data).expanduser()
+    if path.is_file():
+        return [str(path)]
+    if path.is_dir():
+        return [str(f) for f in sorted(path.glob("*.parquet")) or sorted(path.glob("*.tar"))]
+    if (files := expand(data)) != [data] or Path(data).suffix in (".parquet", ".tar"):
+        missing = [f for f in files if not is_remote(f) and not Path(f).expanduser().is_file()]
+        if missing:
+            raise ValueError(f"--data {data!r}: {len(missing)} of {len(files)} files are not there, first {missing[0]}")
+        return files
+    try:
+        if is_remote(data):
+            found = resolve_pattern(data.rstrip("/") + "/*", "")
+            return sorted(f for f in found if f.endswith(".parquet")) or sorted(f for f in found if f.endswith(".tar"))
+        if HUB.fullmatch(data):
+            name, _, split = data.partition(":")
+            every = datasets.load_dataset_builder(name).config.data_files or {}
+            if (split or "train") not in every:
+                raise ValueError(f"its splits are {', '.join(every) or 'unknown'}: name one as {name}:SPLIT")
+            return [str(f) for f in every[split or "train"]]
+    except Exception as error:  # whatever the network, the hub or the path's kind bring up
+        raise ValueError(f"--data {data!r} cannot be opened: {type(error).__name__}: {error}") from None
+    raise ValueError(f"--data {data!r} does not exist: expected .parquet or .tar files, a folder of them, or a hub set")

@@ -1,0 +1,248 @@
+"""The feed of sets that are read as streams: decoded ahead of the training, encoded when their turn comes."""
+
+import contextlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.cache import Latents
+from train.data import fit, framing, to_unit
+from train.shards import Shards
+from train.streams import STREAMS, Cursor, Stream, Unusable, held_out
+from train.taken import VALIDATION, Taken
+from vae.autoencoder import Autoencoder, Identity, Posterior
+
+
+class Call(NamedTuple):
+    """The arguments of `take`."""
+
+    update: int
+    first: int
+    size: int
+    global_batch: int
+
+
+class Decoded(NamedTuple):
+    """What was read for a call."""
+
+    pixels: np.ndarray  # [B, size, size, 3] uint8
+    captions: list[tuple[str, ...]]
+    sizes: list[tuple[int, ...]]
+    parts: list[int]
+    cursors: dict[str, Cursor]  # of each stream that was read: where the block begins that it came to
+
+
+class StreamFeed:
+    """Pictures of sets that are read as they come, each set a share of every global batch."""
+
+    count: int | None = None
+
+    def __init__(
+        self,
+        sets: list[Shards],
+        shares: list[float],
+        vae: Autoencoder | Identity,
+        size: int,
+        seed: int,
+        device: torch.device,
+        *,
+        workers: int = 2,
+        pixels: bool = False,
+    ):
+        """shares: of the positions of a batch, in any unit. workers: threads that decode. pixels: `Taken.pixels` are
+        wanted, too. Raises ValueError where a set has nothing to train on."""
+        self.sets, self.shares, self.vae, self.size, self.seed, self.device = sets, shares, vae, size, seed, device
+        self.with_pixels = pixels
+        side = size // vae.downscale
+        self.shapes: list[tuple[int, ...]] = [(vae.latent_channels, side, side)]
+        self.unusable = Unusable()
+        self.held = []
+        self.shown: list[tuple[np.ndarray, tuple[str, ...]]] = []
+        for shards in sets:
+            rows, places = held_out(shards, VALIDATION // len(sets))
+            self.held.append(places)
+            for row in rows[: VALIDATION // len(sets)]:
+                with contextlib.suppress(ValueError):  # its header could be read, but not all of it
+                    self.shown.append((fit(row.example().image, size), row.captions))
+        if not self.shown:
+            raise ValueError(f"none of the first pictures of {sets[0].name} can be read")
+        self.captions = [captions for _, captions in self.shown]
+        self.streams: dict[str, Stream] = {}
+        self.begins: dict[str, Cursor] = {}  # where streams stood when the run was stopped
+        self.served: dict[str, Cursor] = {}
+        self.global_batch = 0
+        self.decoders = ThreadPoolExecutor(max(1, workers))
+        self.ahead = ThreadPoolExecutor(1)  # one: streams are read in the order of the calls
+        self.last: Decoded
+        self.prepared: tuple[Call, Future[Decoded]] | None = None
+        self.calls: deque[Call] = deque(maxlen=2)
+        self.steps: dict[tuple[int, int], tuple[int, int, int]] = {}  # (first, size) -> (updates on, first, size)
+
+    def take(self, update: int, first: int, size: int, global_batch: int) -> Taken:
+        """As `train.taken.Feed` has it. Raises ValueError where the calls go back: a stream only goes on."""
+        call = Call(update, first, size, global_batch)
+        again = bool(self.calls) and call == self.calls[-1]  # of a rehearsal, for instance
+        if self.calls and call[:2] <= self.calls[-1][:2] and not again:
+            raise ValueError(
+                f"update {update}, position {first} asked of a stream after update {self.calls[-1].update}, position "
+                f"{self.calls[-1].first}: it only goes on. Open it anew to begin from the beginning"
+            )
+        if self.global_batch not in (0, global_batch):
+            raise ValueError(
+                f"a global batch of {global_batch} asked of a stream that was cut for {self.global_batch}, on which "
+                "depends what an update sees: keep batch size × processes × accumulation, or start a new run"
+            )
+        self.global_batch = global_batch
+        if not again:
+            self.last = self._prepared(call)
+            self._prepare_next(call)
+        decoded = self.last
+        self.served |= decoded.cursors
+        posterior, images = self._encode(decoded.pixels)
+        return Taken(
+            posterior.mean.float(),
+            posterior.logvar.clamp(min=-30).float(),
+            decoded.captions,
+            torch.tensor(decoded.sizes),
+            torch.tensor(decoded.parts),
+            images if self.with_pixels else None,
+        )
+
+    @torch.no_grad()
+    def _encode(self, pixels: np.ndarray) -> tuple[Posterior, Tensor]:
+        images = to_unit(torch.from_numpy(pixels)).to(self.device)
+        return self.vae.encode(images), images
+
+    def validation(self, number: int = VALIDATION) -> Latents:
+        """The held-out pictures, which are the first rows of each set."""
+        means, logvars = [], []
+        for pixels, _ in self.shown[:number]:
+            posterior, _ = self._encode(pixels[None])
+            means.append(posterior.mean.half().cpu())
+            logvars.append(posterior.logvar.clamp(min=-30).half().cpu())
+        return Latents(torch.cat(means), torch.cat(logvars), self.captions[:number])
+
+    def state(self) -> dict[str, Any]:
+        """Where the streams of this process stand; `merged_states` joins those of several processes."""
+        return {
+            "global_batch": self.global_batch,
+            "sets": [shards.fingerprint() for shards in self.sets],
+            "streams": {name: list(cursor) for name, cursor in (self.begins | self.served).items()},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from there. Streams that it says nothing of are read from their beginning, which takes its time.
+
+        Raises ValueError where the sets are others."""
+        if state["sets"] != [shards.fingerprint() for shards in self.sets]:
+            raise ValueError(
+                "the streamed sets are not those of the checkpoint: give the same --data, or another --output"
+            )
+        self.global_batch = state["global_batch"]
+        self.begins = {name: Cursor(*cursor) for name, cursor in state["streams"].items()}
+        self.served, self.streams, self.prepared = {}, {}, None
+        self.calls.clear()
+
+    # Reading
+
+    def _prepared(self, call: Call) -> Decoded:
+        if self.prepared:
+            expected, future = self.prepared
+            self.prepared = None
+            if expected == call:
+                return future.result()
+            raise ValueError(
+                f"a stream was read ahead for {expected}, and asked for {call}: keep the order of the calls"
+            )
+        return self._decode(call)
+
+    def _prepare_next(self, call: Call) -> None:
+        """Once calls have come a whole update long, the next one is known, and is read while this one trains."""
+        if self.calls:
+            last = self.calls[-1]
+            self.steps[last[1:3]] = (call.update - last.update, call.first, call.size)
+        self.calls.append(call)
+        if step := self.steps.get(call[1:3]):
+            following = Call(call.update + step[0], step[1], step[2], call.global_batch)
+            self.prepared = (following, self.ahead.submit(self._decode, following))
+
+    def _decode(self, call: Call) -> Decoded:
+        rows = [self._where(call, position) for position in range(call.first, call.first + call.size)]
+        cursors: dict[str, Cursor] = {}
+        jobs = []
+        for part, name, item in rows:
+            block = self._stream(part, name, call.global_batch).block_of(item)
+            cursors[name] = block.cursor
+            jobs.append((block.rows, item - block.cursor.item))
+        found = list(self.decoders.map(self._picture, jobs))
+        pixels, captions, sizes = zip(*found, strict=True)
+        return Decoded(np.stack(pixels), list(captions), list(sizes), [part for part, _, _ in rows], cursors)
+
+    def _picture(self, job: tuple[list, int]) -> tuple[np.ndarray, tuple[str, ...], tuple[int, ...]]:
+        """The row at a place of its block; where it is broken, the next one that is not."""
+        rows, place = job
+        for offset in range(len(rows)):
+            row = rows[(place + offset) % len(rows)]
+            try:
+                example = row.example()
+            except ValueError as error:
+                if not offset:
+                    self.unusable.count(row.key, str(error))
+                continue
+            width, height = example.image.size
+            return fit(example.image, self.size), example.captions, framing(width, height, self.size)
+        raise ValueError(f"not one of {len(rows)} pictures can be read, for instance {rows[place].key}")
+
+    def _where(self, call: Call, position: int) -> tuple[int, str, int]:
+        """(part, stream, number of the row in it) of a position of a global batch."""
+        part = 0
+        counts = self._counts(call.global_batch)
+        while position >= counts[part]:
+            position -= counts[part]
+            part += 1
+        n = counts[part]
+        streams = min(len(self.sets[part].files), STREAMS, n)
+        stream = position * streams // n
+        begin, end = -(-stream * n // streams), -(-(stream + 1) * n // streams)
+        return part, f"{part}.{stream}", call.update * (end - begin) + position - begin
+
+    def _counts(self, global_batch: int) -> list[int]:
+        """How many positions of a global batch each set has: its share, rounded by the largest remainders."""
+        exact = [global_batch * share / sum(self.shares) for share in self.shares]
+        counts = [int(one) for one in exact]
+        rest = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in rest[: global_batch - sum(counts)]:
+            counts[i] += 1
+        if 0 in counts:
+            raise ValueError(
+                f"--data: a global batch of {global_batch} has no position for {self.sets[counts.index(0)].name}: its "
+                "share is too small. Raise the batch size, or its number"
+            )
+        return counts
+
+    def _stream(self, part: int, name: str, global_batch: int) -> Stream:
+        if name not in self.streams:
+            shards = self.sets[part]
+            streams = min(len(shards.files), STREAMS, self._counts(global_batch)[part])
+            number = int(name.partition(".")[2])
+            self.streams[name] = Stream(shards, number, streams, self.seed, self.held[part], self.unusable)
+            if name in self.begins:
+                self.streams[name].start(self.begins[name])
+        return self.streams[name]
+
+
+def merged_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state of those of all processes; of a stream that several read, where the hindmost stands."""
+    merged: dict[str, Any] = {}
+    for state in states:
+        if not state:
+            continue
+        streams = merged.setdefault("streams", {})
+        for name, cursor in state["streams"].items():
+            streams[name] = min(cursor, streams.get(name, cursor))
+        merged |= {key: value for key, value in state.items() if key != "streams"}
+    return merged

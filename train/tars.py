@@ -1,0 +1,130 @@
+"""WebDataset tars: files one after the other that share a name up to its first dot are one example."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+from train.captions import Template, captions_of, clean
+from train.folders import decoded
+from train.hashes import FileHashes
+from train.pictures import MAX_UNUSABLE, PICTURES, Example, Row, digest
+
+
+class Sample(NamedTuple):
+    """One example of a tar."""
+
+    key: str
+    begin: int  # where its first file's header is, in bytes
+    picture: tuple[int, int] | None  # where its picture is: (begin, bytes)
+    fields: dict[str, Any]  # of its .json file, and its .txt file's lines as "text"
+
+
+def samples(file: IO[bytes], name: str, begin: int = 0) -> Iterator[Sample]:
+    """The examples of an uncompressed tar from byte `begin` on, where one begins. Raises ValueError for what is no tar,
+    or broken."""
+    file.seek(begin)
+    sample: Sample | None = None
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # which would grow with the tar
+                path = PurePosixPath(member.name)
+                if not member.isfile() or path.name.startswith("."):
+                    continue
+                stem, _, ending = path.name.partition(".")
+                key = str(path.with_name(stem))
+                if sample is None or sample.key != key:
+                    if sample:
+                        yield sample
+                    sample = Sample(key, member.offset, None, {})
+                sample = _with(sample, f".{ending}".lower(), member, file, name)
+    except tarfile.TarError as error:
+        raise ValueError(f"{name} cannot be read as an uncompressed tar: {error}") from None
+    if sample:
+        yield sample
+
+
+def _with(sample: Sample, ending: str, member: tarfile.TarInfo, file: IO[bytes], name: str) -> Sample:
+    if "." + ending.rpartition(".")[2] in PICTURES:
+        return sample if sample.picture else sample._replace(picture=(member.offset_data, member.size))
+    if ending not in (".txt", ".json"):
+        return sample
+    file.seek(member.offset_data)
+    text = decoded(file.read(member.size), f"{name}: {member.name}")
+    if ending == ".txt":
+        return sample._replace(fields=sample.fields | {"text": list(clean(text.splitlines()))})
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: {member.name} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name}: {member.name}: expected a JSON object, got {text.strip()[:60]}")
+    return sample._replace(fields=fields | sample.fields)  # of two captions, that of the .txt file
+
+
+def tar_captions(sample: Sample, name: str, template: Template | None) -> tuple[str, ...]:
+    return template(sample.fields) if template else captions_of(sample.fields, f"{name}: {sample.key}")
+
+
+@dataclass
+class TarSource:
+    """The examples of tars on this machine's disk: indexed once, each picture read where it lies."""
+
+    files: list[Path]
+    where: list[tuple[int, int, int]]  # of each picture: file, begin, bytes
+    captions: list[tuple[str, ...]]
+    keys: list[str]
+    origin: str = ".txt and .json files in tars"
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def row(self, index: int) -> Row:
+        file, begin, length = self.where[index]
+        with open(self.files[file], "rb") as opened:
+            opened.seek(begin)
+            return Row(opened.read(length), self.captions[index], self.keys[index])
+
+    def __getitem__(self, index: int) -> Example:
+        return self.row(index).example()
+
+    def picture_size(self, index: int) -> tuple[int, int]:
+        """(width, height), from the header alone."""
+        return self.row(index).size()
+
+    def fingerprint(self, hashes: FileHashes | None = None) -> str:
+        return digest(json.dumps(self.captions), *(hashes or FileHashes()).of(self.files))
+
+
+def open_tars(files: list[Path], template: Template | None = None) -> TarSource:
+    """Tars as one set; ValueError where too many examples lack a caption."""
+    where, captions, keys, missing, total = [], [], [], [], 0
+    there: set[str] = set()
+    for number, file in enumerate(files):
+        with open(file, "rb") as opened:
+            for sample in samples(opened, str(file)):
+                if sample.picture is None:
+                    continue
+                total += 1
+                there |= sample.fields.keys()
+                key, said = f"{file}: {sample.key}", tar_captions(sample, str(file), template)
+                if not said:
+                    missing.append(key)
+                    continue
+                where.append((number, *sample.picture))
+                captions.append(said)
+                keys.append(key)
+    if not total:
+        raise ValueError(f"no pictures in {files[0]}: expected files ending in {', '.join(sorted(PICTURES))}")
+    if template:
+        template.check(there, str(files[0]))
+    if len(missing) > MAX_UNUSABLE * total:
+        raise ValueError(
+            f"{len(missing)} of {total} pictures in {files[0].parent} have no caption (at most {MAX_UNUSABLE:.0%} may "
+            f"lack one), for instance {missing[0]}: expected a .txt or a .json file with a field 'text' beside each"
+        )
+    return TarSource(files, where, captions, keys, notes=[f"no caption: {key}" for key in missing])
