@@ -1,4 +1,4 @@
-"""What the tests of training share beside the fixtures `pixels` and `latents`: a look at what a run left, and its end."""
+"""What the tests of training share beside the fixtures `pixels` and `latents`: a look at what a run left, its end."""
 
 from pathlib import Path
 

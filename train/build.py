@@ -17,7 +17,7 @@ from ldm.transformer import PictureTransformer
 from ldm.unet import UNet, UNetConfig
 from pipelines.files import load_autoencoder, newest
 from pipelines.folder import Defaults, Model, find_model, load_conditioner, load_model, scheduler_config
-from train.launch import matrix_type
+from train.launch import matrix_type, sharding
 from train.muon import BETAS, Muon
 from train.settings import Config
 from train.sources import first_captions, open_source
@@ -108,10 +108,9 @@ def widen(model: Model) -> None:
 def optimizer_for(learner: nn.Module, config: Config, accelerator: Accelerator) -> torch.optim.Optimizer:
     """The optimizer that the settings name, of all that learns; ValueError where it can't be had here."""
     rate, decay = config.learning_rate, config.weight_decay
-    sharded = str(accelerator.distributed_type.value)
     if config.optimizer == "muon":
-        if sharded in ("FSDP", "DEEPSPEED"):
-            raise ValueError(f"--optimizer muon needs whole matrices, and {sharded} shards them: take adamw")
+        if kind := sharding(accelerator):
+            raise ValueError(f"--optimizer muon needs whole matrices, and {kind} shards them: take adamw")
         return Muon(learner, rate, decay, matrix_type(accelerator))
     weights = [weight for weight in learner.parameters() if weight.requires_grad]
     if config.optimizer == "adamw":

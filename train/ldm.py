@@ -24,7 +24,6 @@ from conditioning.labels import Labels
 from ldm.loss import HybridLoss, denoising_loss, training_noise, training_weight
 from pipelines.folder import Model
 from train.build import build, optimizer_for
-from train.cache import Texts
 from train.config import parse
 from train.data import chances, generator
 from train.feed import Feed, open_feed
@@ -37,6 +36,7 @@ from train.prior import with_prior
 from train.settings import Config, settled
 from train.sources import split_parts
 from train.state import EMA, Carried, clamp_warmup, learning_rate, resume, save_checkpoint
+from train.texts import Texts
 from train.trained import check_token, learning, make_trainable, save_trained, tells, unsharded
 from train.watch import check_room, evaluating, paint_grid, sample_prompts, validate
 
@@ -206,7 +206,13 @@ def main(config: Config) -> Path:
                 output, update, partial(save_trained, shown, config), state, config, keep=config.keep
             )
 
-    def look(count: int, prompts: list[str], file: Path | None, steps: int | None = None) -> None:
+    def due() -> bool:
+        return update % config.checkpoint_every == 0 or update == config.updates
+
+    def sheet() -> Path:
+        return config.output / "samples" / f"{update:07d}.png"
+
+    def look(count: int, prompts: list[str], file: Path, steps: int | None = None) -> None:
         """Validation errors and a grid of samples, by the averaged weights."""
         with ema.applied(), evaluating(model, device):
             shown = validation.select(torch.arange(count))
@@ -234,6 +240,8 @@ def main(config: Config) -> Path:
     count = sum(weight.numel() for weight in weights.values())
     accelerator.print(f"{count:,} weights learn; {config.updates} updates of {global_batch}")
 
+    if found and due() and not sheet().is_file():  # killed between a checkpoint and its samples
+        look(len(validation.captions), prompts, sheet())
     bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
     with Interruption() as interruption:
         while update < config.updates:
@@ -254,18 +262,21 @@ def main(config: Config) -> Path:
                 accelerator.log(numbers, update)
                 bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
             stop = interruption.asked(accelerator)
-            if stop or update % config.checkpoint_every == 0 or update == config.updates:
+            if stop or due():
                 save(config.output)
             if stop:
                 break
-            if update % config.checkpoint_every == 0 or update == config.updates:
-                look(len(validation.captions), prompts, config.output / "samples" / f"{update:07d}.png")
+            if due():
+                look(len(validation.captions), prompts, sheet())
     bar.close()
     accelerator.end_training()
     if stop:
         accelerator.print(f"told to end: update {update} is saved, and the same command goes on with it")
         sys.exit(interruption.exit_code())
-    accelerator.print(f"done. Look at {config.output}/samples, and paint: atelier PROMPT --model {config.output}")
+    paint = f"--model {config.output}"
+    if config.token or config.lora_rank:
+        paint = f"--model {config.model} {'--embedding' if config.token else '--lora'} {config.output}"
+    accelerator.print(f"done. Look at {config.output}/samples, and paint: atelier PROMPT {paint}")
     return config.output
 
 

@@ -179,7 +179,8 @@ SMALL_SETS = {
     "cifar10-small-unconditional": replace(
         PHOTOS, text_encoder="none", output=Path("runs/cifar10-small-unconditional"), updates=2000, **ON_TABLE
     ),
-    # Not trained yet.
+    # 17 min 20 s, 63 pictures/s: grounds, colours, now and then a bird, a car or a ship; errors 0.033, 0.075, 0.155,
+    # 0.282, 0.629.
     "cifar10-text": replace(
         PHOTOS,
         text_encoder="bundled",
@@ -192,7 +193,8 @@ SMALL_SETS = {
     # In the latents of `train/vae.py --preset cifar10`. 8 min 17 s, 177 pictures/s: the grounds and colours of the
     # classes are right, there are no things yet; 5.65 ± 0.06 bits (128 pictures, 50 rows), told the class.
     "cifar10-latent": replace(LATENT_PHOTOS, output=Path("runs/cifar10-latent")),
-    # Not trained yet.
+    # 5 min 48 s, 233 pictures/s: textures and colours of photographs, no things; errors 0.042, 0.110, 0.230, 0.384,
+    # 0.735.
     "cifar10-latent-unconditional": replace(
         LATENT_PHOTOS, text_encoder="none", output=Path("runs/cifar10-latent-unconditional")
     ),

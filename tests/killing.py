@@ -1,0 +1,155 @@
+"""Runs a training in processes of its own and kills them at random moments until it is through: `run_killed`.
+
+A program, so that it can fork: its children need not import anything again, and die as a machine does that loses power.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LEARNS = re.compile(rb"[1-9]\d*/\d+ \[")  # the progress bar, after the first update
+
+
+def run_killed(
+    settings: dict[str, Any], *, processes: int = 1, kills: int = 0, signals: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Trains by `train.ldm.main(Config(**settings))` until a run ends by itself.
+
+    kills: how often SIGKILL comes, each at a moment between the start and the end of a run. signals: sent instead, one
+    a run, after its first update. Returns {"codes": [[exit codes of the processes of a run], …], "seconds": […]}.
+    """
+    job = json.dumps({"settings": settings, "processes": processes, "kills": kills, "signals": signals}, default=str)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(Path(__file__)), job]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _train(settings: dict[str, Any]) -> None:
+    import torch
+
+    import train.ldm
+    from ldm.unet import UNetConfig
+    from train.settings import Config
+
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda threads: None
+    if settings.pop("sharded", False):
+        _shard()
+    unet = UNetConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings["unet"].items()})
+    paths = {key: Path(settings[key]) for key in ("output", "cache")}
+    prompts = {"prompts": tuple(settings["prompts"])}
+    train.ldm.main(Config(**(settings | paths | prompts | {"unet": unet})))
+
+
+def _shard() -> None:
+    """PyTorch's own FSDP in `Accelerator.prepare`, which has none for processors, as it is prepared on GPUs."""
+    import torch
+    from accelerate import Accelerator
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    import train.launch
+    from ldm.blocks import ResnetBlock
+
+    def prepare(accelerator: Accelerator, learner: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+        mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+        for block in learner.modules():
+            if isinstance(block, ResnetBlock):
+                fully_shard(block, mesh=mesh)
+        fully_shard(learner.denoiser.network, mesh=mesh)
+        fully_shard(learner, mesh=mesh)
+        (group,) = optimizer.param_groups  # as accelerate does, the optimizer gets the shards in their places
+        group["params"] = [weight for weight in learner.parameters() if weight.requires_grad]
+        return learner, accelerator.prepare_optimizer(optimizer)
+
+    Accelerator.prepare = prepare
+    train.launch.sharding = lambda accelerator: "FSDP"
+
+
+def _start(settings: dict[str, Any], processes: int, log: Path) -> list[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        if child := os.fork():
+            children.append(child)
+            continue
+        code = 1
+        try:
+            written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(written, 1)
+            os.dup2(written, 2)
+            if processes > 1:
+                ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_MIXED_PRECISION": "no"}
+                os.environ.update({name: str(value) for name, value in (ranks | where).items()})
+            _train(settings)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return children
+
+
+def _wait(children: list[int]) -> list[int]:
+    """The exit codes; once one has failed the others, which would wait for it, are killed as a launcher kills them."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
+                codes[child] = os.waitstatus_to_exitcode(ended[1])
+                if codes[child] < 0 or codes[child] == 1:
+                    for other in set(children) - codes.keys():
+                        os.kill(other, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    import train.ldm  # noqa: F401  the children have it then
+
+    settings, processes = job["settings"], job["processes"]
+    log = Path(settings["output"]).with_suffix(".log")
+    codes, seconds = [], []
+    length = job["settings"].pop("seconds", 5.0)  # of a whole run
+    plan = [("SIGKILL", random.uniform(0, length)) for _ in range(job["kills"])] + [(s, None) for s in job["signals"]]
+    for name, moment in [*plan, (None, None)]:
+        began = time.perf_counter()
+        log.touch()
+        said = log.stat().st_size
+        children = _start(settings, processes, log)
+        if name:
+            while moment is not None and time.perf_counter() - began < moment:
+                time.sleep(0.001)
+            while moment is None and not LEARNS.search(log.read_bytes()[said:]):
+                time.sleep(0.01)
+            for child in children:
+                os.kill(child, getattr(signal, name))
+        codes.append(_wait(children))
+        seconds.append(time.perf_counter() - began)
+    if any(codes[-1]):
+        print(log.read_text()[-3000:])
+        raise SystemExit(1)
+    return {"codes": codes, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

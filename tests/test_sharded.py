@@ -1,0 +1,68 @@
+"""Weights in pieces (FSDP): a run on two processors that each hold half of everything is the run of one."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.killing import run_killed
+from tests.training import UNET, paint, state
+from train.settings import Config
+from train.state import checkpoints
+
+
+@pytest.mark.slow
+def test_a_sharded_run_saves_paints_and_goes_on_as_a_whole_one(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    config = Config(
+        data=str(pictures),
+        vae="none",
+        text_encoder=str(model_folder),
+        unet=UNET,
+        size=8,
+        updates=6,
+        batch_size=8,
+        warmup=1,
+        optimizer="adamw",
+        learning_rate=1e-3,
+        checkpoint_every=3,
+        prompts=("a red square",),
+        steps=2,
+        workers=0,
+        clip=0.5,
+    )
+    job = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    job |= {"unet": dataclasses.asdict(UNET), "cache": tmp_path / "cache"}
+    run_killed(job | {"output": tmp_path / "one"})
+    halves = job | {"batch_size": 4, "sharded": True}
+    run_killed(halves | {"output": tmp_path / "two"}, processes=2)
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert one["weights"].keys() == two["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=2e-4, rtol=1e-3)
+    for mine, theirs in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
+        torch.testing.assert_close(theirs["exp_avg"], mine["exp_avg"], atol=1e-4, rtol=1e-2)
+    shown = [
+        load_file(checkpoints(tmp_path / run)[-1] / "unet/diffusion_pytorch_model.safetensors")
+        for run in ("one", "two")
+    ]
+    for name, weight in shown[0].items():
+        torch.testing.assert_close(shown[1][name], weight, atol=2e-4, rtol=1e-3)
+    sheets = [np.asarray(Image.open(tmp_path / run / "samples" / "0000006.png"), np.float32) for run in ("one", "two")]
+    assert np.abs(sheets[0] - sheets[1]).mean() < 1
+    assert np.abs(paint(tmp_path / "one") - paint(tmp_path / "two")).mean() < 1
+
+    # Killed, it ends with the same bytes; and what two have saved, one goes on with, and the other way round.
+    run_killed(halves | {"output": tmp_path / "killed", "updates": 6}, processes=2, signals=("SIGTERM",))
+    again = state(tmp_path / "killed")
+    assert all(weight.equal(again["weights"][name]) for name, weight in two["weights"].items())
+    run_killed(job | {"output": tmp_path / "two", "updates": 7})
+    run_killed(halves | {"output": tmp_path / "one", "updates": 7}, processes=2)
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=3e-4, rtol=1e-3)
