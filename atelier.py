@@ -125,11 +125,11 @@ def _picture(flag: str, file: Path | None) -> Any:
 
 
 @dataclass(frozen=True)
-class Data:
+class Show:
     """Shows what a source of captioned pictures holds, and three of its rows."""
 
     data: tyro.conf.Positional[str]
-    """Folder, .parquet file, "shapes" or "pictograms"."""
+    """Folder, .parquet or .tar files, data set of the hub, "shapes" or "pictograms"; several joined by +."""
     size: int = 128
     """Side in pixels to which pictures are brought."""
     sheet: Path | None = None
@@ -155,6 +155,87 @@ class Data:
                 raise ValueError(f"none of {count} pictures can be read, for instance {rows[0].error}")
             grid([pixels for pixels, _ in whole], [said for _, said in whole], columns=8).save(self.sheet)
             print(self.sheet)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Decodes every picture of a source and says what was found, and whether a training would start (exit status)."""
+
+    data: tyro.conf.Positional[str]
+    """Folder, .parquet or .tar files, data set of the hub, remote path, "shapes", "pictograms"; several joined by +."""
+    size: int = 512
+    """Side in pixels to which pictures would be brought."""
+    buckets: bool = False
+    """Show the aspect-ratio buckets, too."""
+    multiple: int = 64
+    """Of the buckets' sides, in pixels: the autoencoder's factor times the U-Net's; Stable Diffusion's is 64."""
+    batch: int = 32
+    """Pictures of an update; buckets with fewer are merged."""
+    template: str = ""
+    """Makes the captions of columns or fields, such as "a photo of {label}"."""
+    streaming: bool = False
+    """Read .parquet and .tar files and sets of the hub as they come, without a copy on the disk."""
+    text_encoder: str | None = None
+    """Model folder whose tokens are counted; the bundled one by default."""
+    workers: int = 2
+    """That decode."""
+    font: str | None = None
+    """The colour emoji font's file, for pictograms."""
+
+    def run(self) -> None:
+        from train.check import check
+
+        if not check(**vars(self)):
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Computes the latents of a source beforehand, as train/ldm.py does when it starts; two may run at once."""
+
+    data: tyro.conf.Positional[str]
+    """As --data of train/ldm.py."""
+    vae: str = "bundled"
+    """Autoencoder: model folder, "bundled", "none" or "grey"."""
+    size: int | None = None
+    """Side of the pictures in pixels; what the autoencoder was trained on by default."""
+    text_encoder: str = ""
+    """Model folder or "bundled": compute its states of the captions, too, where they are too many for memory."""
+    buckets: bool = False
+    """Aspect-ratio buckets."""
+    multiple: int = 0
+    """Of the buckets' sides, in pixels: the autoencoder's factor times the U-Net's; 0: the autoencoder's alone."""
+    batch: int = 32
+    """Pictures of an update; buckets with fewer are merged."""
+    template: str = ""
+    """Makes the captions of columns or fields, such as "a photo of {label}"."""
+    cache: Path = Path("cache")
+    """Folder for the latents."""
+    workers: int = 2
+    """Processes that read pictures."""
+    font: str | None = None
+    """The colour emoji font's file, for pictograms."""
+    views: int = 1
+    """How often each drawn pictogram is drawn."""
+
+    def run(self) -> None:
+        from train.fill import fill
+
+        fill(**vars(self))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Shows what a source of captioned pictures holds, checks all of it, or computes its latents beforehand."""
+
+    command: (
+        Annotated[Show, tyro.conf.subcommand("show", prefix_name=False)]
+        | Annotated[Check, tyro.conf.subcommand("check", prefix_name=False)]
+        | Annotated[Cache, tyro.conf.subcommand("cache", prefix_name=False)]
+    )
+
+    def run(self) -> None:
+        self.command.run()
 
 
 @dataclass(frozen=True)
@@ -235,10 +316,13 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in COMMANDS and arguments[0] not in ("-h", "--help"):
         arguments = ["paint", *arguments]  # anything else is a prompt
+    if arguments[:1] == ["data"] and arguments[1:2] and arguments[1] not in ("show", "check", "cache", "-h", "--help"):
+        arguments.insert(1, "show")
     command = tyro.cli(
         Command,
         prog="atelier",
         args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
         description='Paints from a sentence: atelier "an oil painting of a fox" --out fox.png',
     )
     try:

@@ -1,4 +1,5 @@
-"""CLIP's text encoder (Radford et al. 2021): a small tower with the parameter names of transformers' CLIPTextModel.
+"""CLIP's text encoder (Radford et al. 2021): a small tower with the parameter names of transformers' CLIPTextModel,
+or CLIPTextModelWithProjection.
 
 It needs torch, tokenizers and safetensors alone, so that a picture does not pay for transformers' imports.
 """
@@ -25,7 +26,8 @@ PREFIX = "text_model."  # what transformers 4 wrote before every name, and diffu
 
 # Keys of config.json that change nothing in what the tower computes: origin, storage, initialisation, another head.
 INERT = {"_name_or_path", "architectures", "model_type", "dtype", "torch_dtype", "transformers_version"}
-INERT |= {"initializer_factor", "initializer_range", "projection_dim"}
+INERT |= {"initializer_factor", "initializer_range"}
+PROJECTED = "CLIPTextModelWithProjection"  # whose config.json means its projection_dim
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class ClipTextConfig:
     bos_token_id: int = 49406
     eos_token_id: int = 49407
     pad_token_id: int = 1
+    projection_dim: int | None = None  # width of the summary's projection, where the tower has one
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
@@ -60,16 +63,19 @@ class ClipTextConfig:
         strange = [f"{k}={v!r}" for k, v in config.items() if v and k not in known | INERT]
         if strange:
             raise ValueError(f"the config of the text encoder asks for what is not implemented: {', '.join(strange)}")
-        return cls(**{k: v for k, v in config.items() if k in known and v is not None})
+        given = {k: v for k, v in config.items() if k in known and v is not None}
+        if PROJECTED not in (config.get("architectures") or ()):
+            given.pop("projection_dim", None)  # of CLIP as a whole: this tower was saved without it
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json. float32, else transformers opens 16-bit weights in half precision beside a float32 U-Net."""
         return {
-            "architectures": ["CLIPTextModel"],
+            "architectures": ["CLIPTextModel" if self.projection_dim is None else PROJECTED],
             "model_type": "clip_text_model",
             **asdict(self),
             "attention_dropout": 0.0,
-            "projection_dim": self.hidden_size,
+            "projection_dim": self.projection_dim or self.hidden_size,
             "dtype": "float32",
         }
 
@@ -115,7 +121,8 @@ class Layer(nn.Module):
 
 
 class ClipText(nn.Module):
-    """A causal transformer over token ids; loads and gives the weights of transformers' CLIPTextModel."""
+    """A causal transformer over token ids; loads and gives the weights of transformers' CLIPTextModel, or of
+    CLIPTextModelWithProjection, where the config has a projection_dim."""
 
     def __init__(self, config: ClipTextConfig):
         super().__init__()
@@ -128,9 +135,19 @@ class ClipText(nn.Module):
         )
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.text_projection: nn.Linear | None = None
+        if config.projection_dim is not None:
+            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, ids: Tensor, clip_skip: int = 0) -> Tensor:
         """[B, L] ids -> [B, L, D], the hidden states `clip_skip` layers before the last, normalised as diffusers does.
+
+        Raises as `states`.
+        """
+        return self.final_layer_norm(self.states(ids, clip_skip)[-1])
+
+    def states(self, ids: Tensor, clip_skip: int = 0) -> list[Tensor]:
+        """[B, L] ids -> what the embedding and then each layer but the last `clip_skip` put out, [B, L, D], no norm.
 
         Raises ValueError when there are fewer layers than that or fewer positions than ids.
         """
@@ -143,9 +160,10 @@ class ClipText(nn.Module):
             )
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"](positions)
+        found = [x]
         for layer in layers[: len(layers) - clip_skip]:
-            x = layer(x)
-        return self.final_layer_norm(x)
+            found.append(layer(found[-1]))
+        return found
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The hidden states [B, L, D] at the end of the text -> [B, D], CLIP's own summary of a caption."""
@@ -153,6 +171,11 @@ class ClipText(nn.Module):
         legacy = self.config.eos_token_id == 2
         end = ids if legacy else (ids == self.config.eos_token_id).int()
         return hidden[torch.arange(len(ids), device=ids.device), end.argmax(dim=1)]
+
+    def summary(self, last: Tensor, ids: Tensor) -> Tensor:
+        """What the last layer put out, [B, L, D] -> text_embeds [B, projection_dim]; only with a projection."""
+        assert self.text_projection is not None
+        return self.text_projection(self.pool(self.final_layer_norm(last), ids))
 
     def put_rows(self, ids: Sequence[int], vectors: Tensor) -> None:
         """Embeds the tokens `ids` as `vectors` [n, D], in a table that grows to hold the highest of them."""
@@ -210,6 +233,8 @@ class ClipTextEncoder(TextEncoder):
             ids = self.clip_tokenizer.add_token(token, len(vectors))
             self.tower.put_rows(ids, vectors)
             every += ids
+        if every and self.tower.config.eos_token_id == 2:  # "the highest id", which it is no longer
+            self.tower.config = replace(self.tower.config, eos_token_id=self.clip_tokenizer.suffix[0])
         return every
 
     @classmethod
@@ -244,14 +269,20 @@ class ClipTextEncoder(TextEncoder):
         return cls(tower, ClipTokenizer.from_folder(tokenizer), clip_skip=clip_skip, long_prompts=long_prompts)
 
     def save(self, text_encoder: str | Path, tokenizer: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes folders that transformers' CLIPTextModel and CLIPTokenizer open; the weights are stored in `dtype`."""
+        """Writes folders that transformers' CLIPTextModel, or CLIPTextModelWithProjection, and CLIPTokenizer open; the
+        weights are stored in `dtype`."""
         from safetensors.torch import save_file
 
         folder = Path(text_encoder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {PREFIX + k: v.detach().to("cpu", dtype).contiguous() for k, v in self.tower.state_dict().items()}
+        weights = {full_name(k): v.detach().to("cpu", dtype).contiguous() for k, v in self.tower.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         text = json.dumps(self.tower.config.to_dict(), indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
         self.clip_tokenizer.save(tokenizer)
+
+
+def full_name(name: str) -> str:
+    """What transformers 4 calls a layer or weight of a tower, in files: the projection alone is beside the model."""
+    return name if name.startswith("text_projection.") else PREFIX + name.removeprefix(PREFIX)

@@ -59,15 +59,23 @@ class TextEncoder(nn.Module, ABC):
         return max(len(self._windows(caption, say=False)) for caption in checked(captions))
 
     def forward(self, captions: Sequence[str], *, chunks: int | None = None) -> Context:
-        """Raises ValueError for an empty batch, for what is no text, and for captions that need more than `chunks`."""
+        """Raises as `ids`."""
+        ids = self.ids(captions, chunks=chunks)
+        hidden = self.embed(ids.flatten(0, 1))  # [B * chunks, L, D]
+        return {"encoder_hidden_states": hidden.reshape(len(ids), -1, hidden.shape[-1])}
+
+    def ids(self, captions: Sequence[str], *, chunks: int | None = None) -> Tensor:
+        """The windows of the captions, [B, chunks, L] token ids.
+
+        Raises ValueError for an empty batch, for what is no text, and for captions that need more than `chunks`.
+        """
         rows = [self._windows(caption) for caption in checked(captions)]
         needed = max(map(len, rows))
         chunks = chunks or needed
         if chunks < needed:
             raise ValueError(f"chunks: got {chunks}, but the longest caption needs {needed} windows of {self.length}")
-        ids = [window for row in rows for window in row + self._windows("") * (chunks - len(row))]
-        hidden = self.embed(torch.tensor(ids, device=self.device))
-        return {"encoder_hidden_states": hidden.reshape(len(rows), chunks * self.length, -1)}
+        filled = [row + self._windows("") * (chunks - len(row)) for row in rows]
+        return torch.tensor(filled, device=self.device)
 
     def _windows(self, caption: str, say: bool = True) -> list[list[int]]:
         content = self.tokenizer.encode(caption)

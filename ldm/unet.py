@@ -1,10 +1,9 @@
-"""The U-Net of Stable Diffusion 1.x and 2.x, with the weights and config of diffusers' UNet2DConditionModel."""
+"""The U-Net of Stable Diffusion 1.x, 2.x and XL, with the weights and config of diffusers' UNet2DConditionModel."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,125 +13,16 @@ from torch.utils.checkpoint import checkpoint
 from ldm.blocks import (
     Downsample,
     ImageAttention,
-    ModelConfig,
     Network,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
-    check_groups,
-    check_value,
     timestep_embedding,
 )
 from ldm.transformer import PictureTransformer, TextContext
+from ldm.unet_config import UNetConfig
 
 Call = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class UNetConfig(ModelConfig):
-    """Keys and defaults of UNet2DConditionModel. A level is one resolution; each but the last halves the sides.
-
-    Despite its name `attention_head_dim` is the NUMBER of heads of the cross-attention blocks (of all levels, or of
-    each); only in the Attn blocks is it what it says. `num_attention_heads`, where a config has it, overrides it.
-    """
-
-    sample_size: int | tuple[int, int] | None = None  # side of the latents it was trained on, a note for pipelines
-    in_channels: int = 4
-    out_channels: int = 4
-    flip_sin_to_cos: bool = True
-    freq_shift: int = 0
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
-    downsample_padding: int = 1
-    mid_block_scale_factor: float = 1.0
-    dropout: float = 0.0
-    act_fn: str = "silu"
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8
-    use_linear_projection: bool = False
-    class_embed_type: str | None = None  # None: learnt, if there are classes; "timestep": labels are numbers, as times
-    num_class_embeds: int | None = None
-    upcast_attention: bool = False  # without effect: scores are accumulated in float32 anyway
-    resnet_time_scale_shift: str = "default"
-
-    class_name: ClassVar[str] = "UNet2DConditionModel"
-    fixed: ClassVar[Mapping[str, Any]] = {
-        "addition_embed_type": None,
-        "addition_embed_type_num_heads": 64,
-        "addition_time_embed_dim": None,
-        "attention_type": "default",
-        "center_input_sample": False,
-        "class_embeddings_concat": False,
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-        "cross_attention_norm": None,
-        "dual_cross_attention": False,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
-        "mid_block_only_cross_attention": None,
-        "num_attention_heads": None,
-        "only_cross_attention": False,
-        "projection_class_embeddings_input_dim": None,
-        "resnet_out_scale_factor": 1.0,
-        "resnet_skip_time_act": False,
-        "reverse_transformer_layers_per_block": None,
-        "time_cond_proj_dim": None,
-        "time_embedding_act_fn": None,
-        "time_embedding_dim": None,
-        "time_embedding_type": "positional",
-        "timestep_post_act": None,
-    }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        if (heads := values.get("num_attention_heads")) is not None:
-            values = {**values, "attention_head_dim": heads, "num_attention_heads": None}
-        return super().from_dict(values)
-
-    def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
-        for kind in self.down_block_types:
-            check_value("down_block_types", kind, "CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D")
-        for kind in self.up_block_types:
-            check_value("up_block_types", kind, "CrossAttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-        for key in ("down_block_types", "up_block_types"):
-            if len(getattr(self, key)) != levels:
-                raise ValueError(
-                    f"{key}={getattr(self, key)} should name {levels} blocks, as many as block_out_channels."
-                )
-        for key in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
-            numbers = self.per_level(key)
-            if len(numbers) != levels or not all(isinstance(n, int) and n > 0 for n in numbers):
-                raise ValueError(f"{key}={getattr(self, key)!r} should be one positive integer, or {levels} of them.")
-        check_value("mid_block_type", self.mid_block_type, "UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
-        check_value("act_fn", self.act_fn, "silu", "swish")
-        check_value("resnet_time_scale_shift", self.resnet_time_scale_shift, "default", "scale_shift")
-        check_value("class_embed_type", self.class_embed_type, None, "timestep")
-        check_value("downsample_padding", self.downsample_padding, 0, 1)
-        if not isinstance(self.cross_attention_dim, int):
-            raise ValueError(f"cross_attention_dim={self.cross_attention_dim!r} should be one integer for all levels.")
-        check_groups(self.block_out_channels, self.norm_num_groups)
-        for width, number in zip(self.block_out_channels, self.per_level("attention_head_dim"), strict=True):
-            if width % number:
-                raise ValueError(f"attention_head_dim={number} should divide the width {width} of its level.")
-
-        if (
-            any(kind.startswith("Attn") for kind in self.down_block_types + self.up_block_types)
-            and len(set(self.per_level("attention_head_dim"))) > 1
-        ):
-            # UNet2DConditionModel reads the list backwards on one way only: nothing sensible could be meant by it.
-            raise ValueError(f"attention_head_dim={self.attention_head_dim} should be one integer with Attn blocks.")
-
-    def per_level(self, key: str) -> tuple[int, ...]:
-        """The value of a key that is one number for all levels, or one for each."""
-        value = getattr(self, key)
-        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
 class Block(nn.Module):
@@ -210,6 +100,9 @@ class UNet(Network):
             self.class_embedding = TimestepEmbedding(widths[0], time_channels)
         elif config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, time_channels)
+        self.add_embedding: TimestepEmbedding | None = None
+        if config.projection_class_embeddings_input_dim is not None:
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, time_channels)
         self.down_blocks, self.mid_block, self.up_blocks = _levels(config, time_channels)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
@@ -235,7 +128,9 @@ class UNet(Network):
             encoder_hidden_states: [B, M, cross_attention_dim], where there are CrossAttn blocks.
             encoder_attention_mask: [B, M], 1 where to look, 0 where not.
             class_labels: [B], where the config has classes.
-            added_cond_kwargs: none are understood.
+            added_cond_kwargs: where the config says "text_time" (SDXL; arXiv:2307.01952, section 2.2), text_embeds
+                [B, P], summaries of the captions, and time_ids [B, n], sizes in pixels: P + n *
+                addition_time_embed_dim numbers for each picture.
 
         Returns:
             [B, out_channels, H, W].
@@ -245,17 +140,17 @@ class UNet(Network):
         """
         self._check_conditions(encoder_hidden_states, encoder_attention_mask, class_labels, added_cond_kwargs)
         config = self.config
-        wave = partial(
-            timestep_embedding,
-            channels=config.block_out_channels[0],
-            cosine_first=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        )
+        waves = partial(timestep_embedding, cosine_first=config.flip_sin_to_cos, freq_shift=config.freq_shift)
+        wave = partial(waves, channels=config.block_out_channels[0])
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = self.time_embedding(wave(timestep).to(sample.dtype))
         if self.class_embedding is not None and class_labels is not None:
             labels = wave(class_labels).to(sample.dtype) if config.class_embed_type == "timestep" else class_labels
             time = time + self.class_embedding(labels)
+        if self.add_embedding is not None and added_cond_kwargs:
+            summary, sizes = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
+            sizes = waves(sizes.flatten(), channels=config.addition_time_embed_dim or 0).view(len(sample), -1)
+            time = time + self.add_embedding(torch.cat([summary.to(sample.dtype), sizes.to(sample.dtype)], dim=1))
         time = F.silu(time)  # every layer begins with it
         context = self._context(encoder_hidden_states, encoder_attention_mask, sample.dtype)
         call: Call = _call
@@ -308,15 +203,28 @@ class UNet(Network):
             )
         if self.class_embedding is not None and labels is None:
             raise ValueError("This network was made for class_labels [B]; got none.")
+        if self.add_embedding is not None:
+            self._check_added(added or {})
         unused = {
             "encoder_hidden_states": states is not None and not self.looks_at_context,
             "encoder_attention_mask": mask is not None and states is None,
             "class_labels": labels is not None and self.class_embedding is None,
-            "added_cond_kwargs": bool(added),
+            "added_cond_kwargs": bool(added) and self.add_embedding is None,
         }
         if any(unused.values()):
             names = ", ".join(name for name, got in unused.items() if got)
             raise ValueError(f"This network has no use for {names} and would ignore it: leave it out.")
+
+    def _check_added(self, added: Mapping[str, Tensor]) -> None:
+        config = self.config
+        width, each = config.projection_class_embeddings_input_dim or 0, config.addition_time_embed_dim or 0
+        shapes = {name: tuple(value.shape) for name, value in added.items()}
+        numbers = [shape[-1] for name in ("text_embeds", "time_ids") if len(shape := shapes.get(name, ())) == 2]
+        if len(shapes) != 2 or len(numbers) != 2 or numbers[0] + numbers[1] * each != width:
+            raise ValueError(
+                f"added_cond_kwargs should be text_embeds [B, P] and time_ids [B, n] with P + {each} n = {width}; "
+                f"got {shapes or 'none'}."
+            )
 
 
 def _call(function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -16,11 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from conditioning.clip import PREFIX, ClipTextEncoder
+from conditioning.clip import PREFIX, ClipTextEncoder, full_name
+from conditioning.pair import ClipTextPair
+from ldm.unet import UNet
 from pipelines.files import read_json, read_tensors
 from pipelines.find import LORA as NAME
 from pipelines.find import find_file
 from pipelines.folder import Model
+from pipelines.original import diffusers_name
 
 PEFT_NAME = "adapter_model.safetensors"
 NOTES = "lora_adapter_metadata"  # diffusers' entry in the header: peft's settings, each with its part before it
@@ -28,7 +31,12 @@ NOTES = "lora_adapter_metadata"  # diffusers' entry in the header: peft's settin
 # PATH.lora_A.weight (peft), PATH.lora.down.weight, PATH.to_q_lora.down.weight, PATH.lora_linear_layer.down.weight
 # (diffusers, newer to older) and lora_unet_PATH.lora_down.weight (kohya).
 FACTOR = re.compile(r"(.+?)(?:\.lora_(?:(A|down)|B|up)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.(?:(down)|up))\.weight")
-PARTS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder"}  # kohya's names of the networks
+PARTS = {  # kohya's names of the networks
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+}
 OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA",
     "dora_scale": "DoRA",
@@ -106,6 +114,9 @@ def layers_of(model: Model) -> dict[str, nn.Module]:
     networks: dict[str, nn.Module] = {"unet": model.unet}
     if isinstance(model.conditioner, ClipTextEncoder):
         networks["text_encoder"] = model.conditioner.tower
+    elif isinstance(model.conditioner, ClipTextPair):
+        networks["text_encoder"] = model.conditioner.first.tower
+        networks["text_encoder_2"] = model.conditioner.second.tower
     return {
         f"{part}.{path}": layer
         for part, network in networks.items()
@@ -139,7 +150,7 @@ def read_lora(where: str | Path, model: Model) -> dict[str, Factors]:
     names = {name.replace(".", "_"): name for name in layers}
     factors: dict[str, Factors] = {}
     for stem, pair in pairs.items():
-        name = next((names[one] for one in _candidates(stem) if one in names), "")
+        name = next((names[one] for one in _candidates(stem, model) if one in names), "")
         if not name or len(pair) < 2:
             strange.append(stem if len(pair) > 1 else f"{stem} (one factor without the other)")
             continue
@@ -166,8 +177,8 @@ def save_lora(where: str | Path, layers: Mapping[str, Mapping[str, Tensor]], alp
 
     Args:
         where: a .safetensors file, or a folder in which it is called `NAME`.
-        layers: "unet" or "text_encoder" -> PATH.lora_A.weight [rank, in], PATH.lora_B.weight [out, rank] for some of
-            its layers, as `peft.get_peft_model_state_dict` gives them.
+        layers: "unet", "text_encoder" or "text_encoder_2" -> PATH.lora_A.weight [rank, in], PATH.lora_B.weight [out,
+            rank] for some of its layers, as `peft.get_peft_model_state_dict` gives them.
         alpha: of each of these: B A is scaled by alpha / rank.
 
     Returns:
@@ -185,8 +196,8 @@ def save_lora(where: str | Path, layers: Mapping[str, Mapping[str, Tensor]], alp
         expected = {f"{path}.lora_{factor}.weight" for path in ranks for factor in "AB"}
         if part not in PARTS.values() or not ranks or state.keys() != expected:
             raise ValueError(
-                f"a LoRA of {part!r} with {_some(state.keys() ^ expected or state)}: expected 'unet' or 'text_encoder' "
-                "with PATH.lora_A.weight and PATH.lora_B.weight of each layer"
+                f"a LoRA of {part!r} with {_some(state.keys() ^ expected or state)}: expected 'unet', 'text_encoder' "
+                "or 'text_encoder_2' with PATH.lora_A.weight and PATH.lora_B.weight of each layer"
             )
         rank = Counter(ranks.values()).most_common(1)[0][0]
         notes[f"{part}.r"], notes[f"{part}.lora_alpha"] = rank, alpha[part]
@@ -194,21 +205,23 @@ def save_lora(where: str | Path, layers: Mapping[str, Mapping[str, Tensor]], alp
         # Without the prefix: transformers 5 has none, and of longer names peft compares the end.
         notes[f"{part}.target_modules"] = sorted(path.removeprefix(PREFIX) for path in ranks)
         for key, tensor in state.items():
-            path = PREFIX + key.removeprefix(PREFIX) if part == "text_encoder" else key
+            path = key if part == "unet" else full_name(key)
             tensors[f"{part}.{path}"] = tensor.detach().cpu().contiguous()
     if not tensors:
-        raise ValueError("a LoRA of no layers: expected some of 'unet' or 'text_encoder'")
+        raise ValueError("a LoRA of no layers: expected some of 'unet', 'text_encoder' or 'text_encoder_2'")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt", NOTES: json.dumps(notes, sort_keys=True)})
     return file
 
 
-def _candidates(stem: str) -> Iterator[str]:
+def _candidates(stem: str, model: Model) -> Iterator[str]:
     """What a layer of a file may be called in `layers_of`, dots written as underscores; at last what the oldest say."""
     name = stem.removeprefix("base_model.model.").replace(".processor", "").replace(".", "_").replace("text_model_", "")
     for theirs, ours in PARTS.items():
         if name.startswith(theirs + "_"):
             name = ours + name.removeprefix(theirs)
+    if name.startswith("unet_") and isinstance(model.unet, UNet):
+        name = "unet_" + diffusers_name(name.removeprefix("unet_"), model.unet.config)
     for full in (name, f"unet_{name}", f"text_encoder_{name}"):
         yield full
         yield re.sub("_to_out$", "_to_out_0", full)

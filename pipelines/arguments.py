@@ -63,6 +63,29 @@ def checked_sides(height: int | None, width: int | None, size: int, factor: int)
     return sides
 
 
+def told_sizes(
+    told: bool,
+    height: int,
+    width: int,
+    original_size: Sequence[int] | None,
+    crop: Sequence[int] | None,
+    target_size: Sequence[int] | None,
+) -> dict[str, list[int]]:
+    """What a model is told of sizes, by the names of the arguments; nothing, where it isn't `told` of any.
+
+    Raises ValueError for what is no pair of numbers, or is given to a model that is told none.
+    """
+    given = {"original_size": original_size, "crop": crop, "target_size": target_size}
+    for name, pair in given.items():
+        if pair is not None and not told:
+            raise ValueError(f"{name}={pair!r} belongs to SDXL's kind of model, and this one is told no sizes")
+        if pair is not None and (len(pair) != 2 or any(not isinstance(n, int) for n in pair)):
+            what = "(top, left)" if name == "crop" else "(height, width)"
+            raise ValueError(f"{name}={pair!r}: expected {what}, two whole numbers of pixels")
+    default = {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width)}
+    return {name: list(given[name] or default[name]) for name in default} if told else {}
+
+
 def starting_noise(
     shape: tuple[int, ...], seed: int | None, generator: Generators | None, latents: Tensor | None
 ) -> tuple[list[int] | None, Callable[[Tensor], Tensor], Tensor]:

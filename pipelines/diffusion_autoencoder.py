@@ -24,10 +24,10 @@ from ldm.schedule import step_grid
 from ldm.unet import UNet
 from pipelines.arguments import starting_noise, step_count
 from pipelines.codes import Attribute, Codes, fit_attribute
+from pipelines.device import best_device, usable_device
 from pipelines.folder import Model, load_model
 from pipelines.image import image_batch
 from pipelines.picture import to_pil
-from pipelines.text_to_image import best_device, usable_device
 
 ORDERS = {"ddim": 1, "heun": 2}  # the deterministic samplers, and the order of the inversion that each undoes
 BATCH = 32  # pictures encoded or decoded at once: the memory of any number

@@ -78,6 +78,13 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], folder: Path, dtype:
     return network.to(dtype or torch.float32).eval().requires_grad_(False)
 
 
+def open_network(kind: Any, folder: Path) -> Any:
+    """A network of ours from its folder, in float32: codes are few numbers, and inversion wants them exact."""
+    with torch.device("meta"):
+        network = kind.from_config(read_json(folder / "config.json"))
+    return fill(network, read_weights(folder), folder, torch.float32)
+
+
 def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes config.json and the weights, stored as `dtype` (as they are by default), for diffusers to open."""
     write_json(folder / "config.json", network.config.to_dict())  # type: ignore[operator, union-attr]

@@ -42,8 +42,8 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
     files = [
         "*.json",
         "*/*.json",
-        "tokenizer/*.txt",
-        *(f"{part}/{weights}" for part in ("unet", "vae", "text_encoder")),
+        "tokenizer*/*.txt",
+        *(f"{part}/{weights}" for part in ("unet", "vae", "text_encoder", "text_encoder_2")),
     ]
     try:
         folder = snapshot_download(

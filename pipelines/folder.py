@@ -1,7 +1,8 @@
-"""A model as a folder: the layout of StableDiffusionPipeline, and what that has no field for in atelier.json.
+"""A model as a folder: the layouts of StableDiffusionPipeline and StableDiffusionXLPipeline, and atelier.json for what
+they have no field for.
 
-This module alone knows checkpoint layouts. A model whose path, prediction or conditioning the layout can't say is saved
-without model_index.json, for Atelier alone; `for_atelier_alone` says why.
+This module and `pipelines.conditioners` alone know checkpoint layouts. A model whose path, prediction or conditioning
+the layout can't say is saved without model_index.json, for Atelier alone; `for_atelier_alone` says why.
 """
 
 from collections.abc import Mapping
@@ -12,24 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
-from conditioning.context import Unconditional
-from conditioning.labels import Labels
-from conditioning.semantic import SemanticEncoder
-from conditioning.text import TextEncoder
-from conditioning.tokenizer import ClipTokenizer
+from conditioning.clip import ClipTextEncoder
+from conditioning.pair import ClipTextPair
 from ldm.blocks import DIFFUSERS_VERSION
 from ldm.denoiser import Denoiser
 from ldm.pixel_unet import PixelUNet
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
-from ldm.unet import UNet
+from ldm.unet import UNet, UNetConfig
 from pipelines.codes import CodeDiffusion
-from pipelines.files import fill, load_autoencoder, read_json, read_weights, save_network, write_json
+from pipelines.conditioners import Told, check_saved, components, load_conditioner, save_conditioner
+from pipelines.files import fill, load_autoencoder, open_network, read_json, read_weights, save_network, write_json
 from pipelines.find import find_model
 from pipelines.scheduler import warn_of_differences
 from vae.autoencoder import Autoencoder, Identity
 
-KINDS = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")  # the second: a U-Net that inpaints
+# With one text encoder, and with two; the second of each: a U-Net that inpaints.
+KINDS = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+XL_KINDS = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
 BETAS: dict[str, Any] = {
     "linear": VariancePreserving.linear,
     "scaled_linear": VariancePreserving.scaled_linear,
@@ -58,7 +58,7 @@ class Model:
 
     unet: UNet | PixelUNet
     vae: Autoencoder | Identity
-    conditioner: TextEncoder | Labels | Unconditional | SemanticEncoder
+    conditioner: Told
     scheduler: dict[str, Any]
     defaults: Defaults = field(default_factory=Defaults)
     codes: CodeDiffusion | None = None
@@ -78,6 +78,45 @@ class Model:
                 f"the U-Net takes {inputs} channels for latents of {channels}: expected {channels}, or "
                 f"{2 * channels + 1} with a mask and the masked picture"
             )
+        self._check_told()
+        if isinstance(self.conditioner, ClipTextPair):
+            self.conditioner.size = self.size
+
+    def _check_told(self) -> None:
+        """Raises ValueError where U-Net and text encoders are not of one kind."""
+        config, told = self.unet.config, self.conditioner
+        wants = isinstance(config, UNetConfig) and config.addition_embed_type is not None
+        if wants != isinstance(told, ClipTextPair):
+            expected = "a ClipTextPair, SDXL's two text encoders" if wants else "one text encoder, or none"
+            raise ValueError(
+                f"a U-Net with addition_embed_type={'text_time' if wants else None} told by {type(told).__name__}: "
+                f"expected {expected}"
+            )
+        if not isinstance(config, UNetConfig) or not isinstance(told, ClipTextPair):
+            return
+        states, summary = told.widths
+        sizes, each = (config.projection_class_embeddings_input_dim or 0) - summary, config.addition_time_embed_dim or 1
+        if config.cross_attention_dim != states or sizes != 6 * each:
+            raise ValueError(
+                f"the text encoders give {states} and {summary} numbers, the U-Net takes {config.cross_attention_dim} "
+                f"and {summary} with {sizes / each:g} sizes: expected 6 (SDXL's refiner, which takes 5, is not "
+                "implemented)"
+            )
+
+    @property
+    def xl(self) -> bool:
+        """Of SDXL's kind: told by two text encoders, and of sizes."""
+        return isinstance(self.conditioner, ClipTextPair)
+
+    @property
+    def steps_offset(self) -> int:
+        """Rows added to leading steps: StableDiffusionPipeline makes it 1, SDXL's leaves it to the scheduler config."""
+        return int(self.scheduler.get("steps_offset", 0)) if self.xl else 1
+
+    def vae_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The autoencoder's type in a model of `dtype`: SDXL's overflows in float16 where its config says so."""
+        upcast = self.xl and isinstance(self.vae, Autoencoder) and self.vae.config.force_upcast
+        return torch.float32 if upcast and dtype == torch.float16 else dtype
 
     @property
     def inpaints(self) -> bool:
@@ -181,7 +220,7 @@ def for_atelier_alone(model: Model) -> str:
         return "its U-Net learns the variance, which guidance in a StableDiffusionPipeline would extrapolate as well"
     if not isinstance(model.unet, UNet):
         return "its U-Net, for small pictures, has a layout of its own"
-    if not isinstance(model.conditioner, ClipTextEncoder):
+    if not isinstance(model.conditioner, ClipTextEncoder | ClipTextPair):
         return f"its conditioning is {type(model.conditioner).__name__}, not a CLIP text encoder"
     if not isinstance(model.vae, Autoencoder):
         return "it works on pixels, without an autoencoder"
@@ -193,11 +232,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
 
     Raises ValueError, before anything is written, for conditioning that has no layout, such as open_clip's.
     """
-    if not isinstance(model.conditioner, ClipTextEncoder | Labels | Unconditional | SemanticEncoder):
-        raise ValueError(
-            f"a model conditioned by {type(model.conditioner).__name__} can't be saved: expected a ClipTextEncoder "
-            "(train/clip.py exports open_clip's text tower as one), Labels, Unconditional or a SemanticEncoder"
-        )
+    check_saved(model.conditioner)
     folder.mkdir(parents=True, exist_ok=True)
     save_network(model.unet, folder / "unet", dtype)
     if isinstance(model.vae, Autoencoder):
@@ -206,30 +241,17 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
     notes: dict[str, Any] = {**asdict(model.defaults), "vae": type(model.vae).__name__}
     if isinstance(model.vae, Identity):
         notes["channels"] = model.vae.latent_channels
-    if isinstance(model.conditioner, ClipTextEncoder):
-        model.conditioner.save(folder / "text_encoder", folder / "tokenizer", dtype)
-        notes["conditioning"] = "clip"
-    elif isinstance(model.conditioner, Labels):
-        notes |= {"conditioning": "labels", "labels": list(model.conditioner.names)}
-    elif isinstance(model.conditioner, SemanticEncoder):
-        save_network(model.conditioner, folder / "semantic_encoder", dtype)
-        notes["conditioning"] = "semantic"
-    else:
-        notes["conditioning"] = "none"
+    notes |= save_conditioner(model.conditioner, folder, dtype)
     if model.codes is not None:
         save_network(model.codes, folder / "codes", dtype)
     write_json(folder / "atelier.json", notes)
     if not for_atelier_alone(model):
+        assert isinstance(model.conditioner, ClipTextEncoder | ClipTextPair)
         index = {
-            "_class_name": KINDS[model.inpaints],
+            "_class_name": (XL_KINDS if model.xl else KINDS)[model.inpaints],
             "_diffusers_version": DIFFUSERS_VERSION,
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
+            **components(model.conditioner),
             "scheduler": ["diffusers", model.scheduler["_class_name"]],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         }
@@ -259,8 +281,9 @@ def load_model(
     notes = read_json(folder / "atelier.json") if (folder / "atelier.json").is_file() else {}
     if not notes and (folder / "model_index.json").is_file():
         kind = read_json(folder / "model_index.json").get("_class_name")
-        if kind not in KINDS:
-            raise ValueError(f"{folder} holds a {kind}; only the layouts of {' and '.join(KINDS)} are implemented")
+        if kind not in KINDS + XL_KINDS:
+            known = ", ".join(KINDS + XL_KINDS)
+            raise ValueError(f"{folder} holds a {kind}; only the layouts of {known} are implemented")
     config = read_json(folder / "unet" / "config.json")
     kind_of_unet = PixelUNet if config.get("_class_name") == "PixelUNet" else UNet
     with torch.device("meta"):
@@ -268,46 +291,24 @@ def load_model(
     fill(unet, read_weights(folder / "unet", variant=variant), folder / "unet", dtype)
     pixels = notes.get("vae") == "Identity"
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    told = load_conditioner(folder, notes, dtype, variant)
     model = Model(
         unet,
-        Identity(notes["channels"]) if pixels else load_autoencoder(folder / "vae", dtype, variant),
-        load_conditioner(folder, notes, dtype, variant),
+        Identity(notes["channels"]) if pixels else load_autoencoder(folder / "vae", None, variant),
+        told,
         scheduler,
-        _defaults(notes),
-        _open(CodeDiffusion, folder / "codes") if (folder / "codes").is_dir() else None,
+        _defaults(notes, isinstance(told, ClipTextPair)),
+        open_network(CodeDiffusion, folder / "codes") if (folder / "codes").is_dir() else None,
     )
+    model.vae.to(model.vae_dtype(dtype))
     for part in model.parts():
         part.to(device)
-    warn_of_differences(scheduler, model.learned_variance)
+    warn_of_differences(scheduler, model.learned_variance, model.steps_offset)
     return model
 
 
-def load_conditioner(
-    folder: Path, notes: Mapping[str, Any], dtype: torch.dtype = torch.float32, variant: str | None = None
-) -> ClipTextEncoder | Labels | Unconditional | SemanticEncoder:
-    """What conditions the model of a folder; its own kind is in atelier.json, otherwise it is a CLIP text encoder."""
-    kind = notes.get("conditioning", "clip")
-    if kind == "labels":
-        return Labels(notes["labels"])
-    if kind == "none":
-        return Unconditional()
-    if kind == "semantic":
-        return _open(SemanticEncoder, folder / "semantic_encoder")
-    config = ClipTextConfig.from_dict(read_json(folder / "text_encoder" / "config.json"))
-    tower = ClipText.from_weights(config, read_weights(folder / "text_encoder", "model", variant))
-    tower = tower.to(dtype).eval().requires_grad_(False)
-    return ClipTextEncoder(tower, ClipTokenizer.from_folder(folder / "tokenizer"))
-
-
-def _open(kind: Any, folder: Path) -> Any:
-    """A network of ours from its folder, in float32: codes are few numbers, and inversion wants them exact."""
-    with torch.device("meta"):
-        network = kind.from_config(read_json(folder / "config.json"))
-    return fill(network, read_weights(folder), folder, torch.float32)
-
-
-def _defaults(notes: Mapping[str, Any]) -> Defaults:
+def _defaults(notes: Mapping[str, Any], xl: bool) -> Defaults:
     known = {k: v for k, v in notes.items() if k in Defaults.__dataclass_fields__}
-    defaults = Defaults(**known)
+    defaults = Defaults(**({"guidance_scale": 5.0} if xl else {}) | known)  # diffusers' defaults
     interval = defaults.guidance_interval
     return replace(defaults, guidance_interval=(interval[0], interval[1]) if interval else None)

@@ -6,21 +6,25 @@ from typing import Any
 
 from conditioning.clip import ClipTextEncoder
 from conditioning.context import Context
+from conditioning.pair import ClipTextPair
 from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextEncoder
 
 
 def contexts(
-    conditioner: Any, prompts: list[str], negatives: list[str], clip_skip: int | None
+    conditioner: Any, prompts: list[str], negatives: list[str] | None, clip_skip: int | None
 ) -> tuple[Context, Context]:
-    """The contexts of the prompts and of the negative prompts, one row each, in one shape.
+    """The contexts of the prompts and of the negative prompts (None: of nothing), one row each, in one shape.
 
     Raises ValueError for a conditioner that takes no texts, or has no layers to skip.
     """
     if isinstance(conditioner, SemanticEncoder):
         raise ValueError("this is a diffusion autoencoder, told pictures: open it by DiffusionAutoencoderPipeline")
-    if clip_skip and not isinstance(conditioner, ClipTextEncoder):
+    if clip_skip and not isinstance(conditioner, ClipTextEncoder | ClipTextPair):
         raise ValueError("clip_skip belongs to a model with a CLIP text encoder")
+    if isinstance(conditioner, ClipTextPair):
+        return _of_pair(conditioner, prompts, negatives, clip_skip)
+    negatives = negatives or [""] * len(prompts)
     if not isinstance(conditioner, TextEncoder):
         return conditioner(prompts), conditioner(negatives)
     # Both in as many windows as the longest needs, and every distinct text once.
@@ -32,10 +36,24 @@ def contexts(
     return {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
 
 
+def _of_pair(
+    pair: ClipTextPair, prompts: list[str], negatives: list[str] | None, clip_skip: int | None
+) -> tuple[Context, Context]:
+    """As diffusers has it: an empty text that was asked for is encoded, only no text at all may be zeros."""
+    group = negatives or [""] * len(prompts)
+    texts = list(dict.fromkeys(prompts + group))
+    with _skipping(pair, clip_skip):
+        states, summaries = pair.encode(texts)
+    row = {text: i for i, text in enumerate(texts)}
+    cond, uncond = ([row[text] for text in part] for part in (prompts, group))
+    heard = 0 if negatives is None and pair.zero_null else 1
+    return pair.context(states[cond], summaries[cond]), pair.context(states[uncond] * heard, summaries[uncond] * heard)
+
+
 @contextmanager
-def _skipping(encoder: TextEncoder, clip_skip: int | None) -> Iterator[None]:
+def _skipping(encoder: TextEncoder | ClipTextPair, clip_skip: int | None) -> Iterator[None]:
     """The encoder without its last layers, where asked for, and as it was afterwards."""
-    if clip_skip is None or not isinstance(encoder, ClipTextEncoder):
+    if clip_skip is None or not isinstance(encoder, ClipTextEncoder | ClipTextPair):
         yield
         return
     kept, encoder.clip_skip = encoder.clip_skip, clip_skip

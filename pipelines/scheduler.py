@@ -83,10 +83,11 @@ def sampler_of(config: Mapping[str, Any]) -> str:
     return SCHEDULER_SAMPLERS.get(name, FALLBACK)
 
 
-def warn_of_differences(config: Mapping[str, Any], learned_variance: bool = False) -> None:
+def warn_of_differences(config: Mapping[str, Any], learned_variance: bool = False, steps_offset: int = 1) -> None:
     """One warning that names whatever in a scheduler config is not implemented, and what is done in its place.
 
     learned_variance: the U-Net has the variance that "learned_range" asks for.
+    steps_offset: what is taken.
     No error: the table of noise levels is the model's, but how to step through it is the caller's choice.
     """
     name = config.get("_class_name", "")
@@ -95,7 +96,7 @@ def warn_of_differences(config: Mapping[str, Any], learned_variance: bool = Fals
         found.append(f"_class_name={name!r}: the sampler is {FALLBACK}")
     known = _ANY | _OWN.get(name, {})
     for key, (implemented, instead) in known.items():
-        if key == "variance_type" and learned_variance:
+        if (key == "variance_type" and learned_variance) or (key == "steps_offset" and config.get(key) == steps_offset):
             continue
         if key in config and config[key] not in implemented:
             found.append(f"{key}={config[key]!r}: {instead}")
@@ -106,8 +107,13 @@ def warn_of_differences(config: Mapping[str, Any], learned_variance: bool = Fals
         warnings.warn(f"not implemented in the model's scheduler config: {'; '.join(found)}", stacklevel=3)
 
 
-def grid_of(config: Mapping[str, Any], schedule: NoiseSchedule, sampler: str, spacing: str | None = None) -> Grid:
-    """A sampler's steps as diffusers' scheduler of its name would space them, given this config."""
+def grid_of(
+    config: Mapping[str, Any], schedule: NoiseSchedule, sampler: str, spacing: str | None = None, offset: int = 1
+) -> Grid:
+    """A sampler's steps as diffusers' scheduler of its name would space them, given this config.
+
+    offset: of leading steps (`pipelines.folder.Model.steps_offset`); StableDiffusionPipeline sets 1 whatever it says.
+    """
     own_ramp = SAMPLERS[sampler].grid.spacing in RAMPS  # no scheduler of diffusers: its grid stays as it is
     final = config.get("final_sigmas_type") if sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler") else None
     if sampler in ("ddim", "plms") and "set_alpha_to_one" in config:
@@ -118,7 +124,7 @@ def grid_of(config: Mapping[str, Any], schedule: NoiseSchedule, sampler: str, sp
     return SAMPLERS[sampler].grid_for(
         schedule,
         spacing=spacing or (None if own_ramp else config.get("timestep_spacing")),
-        offset=None if "path" in config else 1,  # StableDiffusionPipeline sets 1 whatever the config says
+        offset=None if "path" in config else offset,
         final=final if final in ("zero", "sigma_min") else None,
         ramp=None if spacing else ramp,
     )

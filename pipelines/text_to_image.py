@@ -1,25 +1,24 @@
 """From a prompt to pictures: `TextToImagePipeline.from_pretrained()("an oil painting of a fox").images[0]`."""
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from conditioning.context import Unconditional
+from conditioning.pair import with_sizes
 from ldm.classifier import NoisyClassifier
 from ldm.guidance import classifier_free
 from ldm.samplers import SAMPLERS
 from ldm.schedule import step_grid
 from ldm.unet import UNet
-from pipelines.adapters import Loras
 from pipelines.arguments import (
     Generators,
     checked_sides,
@@ -28,20 +27,18 @@ from pipelines.arguments import (
     prompt_list,
     starting_noise,
     step_count,
+    told_sizes,
 )
 from pipelines.classifier import guided_to
-from pipelines.device import best_device, usable_device
-from pipelines.embeddings import load_embedding
-from pipelines.folder import Model, for_atelier_alone, load_model, save_model
 from pipelines.image import image_batch
 from pipelines.inpainting import begin, check_mask, mask_batch
+from pipelines.opened import OpenedModel
 from pipelines.picture import painted
 from pipelines.prompts import contexts
 from pipelines.scheduler import grid_of, sampler_of, sampler_options
 
 Callback = Callable[[int, float, Tensor, Tensor], None]  # step, sigma, x at sigma, estimate of x_0
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-LOG = logging.getLogger("atelier")
 
 
 @dataclass
@@ -53,137 +50,12 @@ class Output:
     nsfw_content_detected: None = None  # for callers written for diffusers: there is no safety checker
 
 
-class TextToImagePipeline:
+class TextToImagePipeline(OpenedModel):
     """A latent diffusion model and the way from prompts to pictures.
 
     Attributes:
         model: the networks, the conditioner, the schedule and the model's defaults (`pipelines.folder.Model`).
-        source: "bundled", a folder or a hub id, for the settings in a PNG; "" for a model that was not opened.
     """
-
-    def __init__(self, model: Model, source: str = ""):
-        self.model, self.source = model, source
-        self.progress = True
-        self._loras = Loras(model)
-        self._embeddings: list[str] = []  # what was learned from files
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path | None = None,
-        *,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-        attention: Literal["sdpa", "xformers"] = "sdpa",
-        torch_dtype: torch.dtype | None = None,
-        use_safetensors: bool | None = None,
-        safety_checker: None = None,
-        requires_safety_checker: bool = False,
-    ) -> Self:
-        """Opens a model folder, a training run's folder or a hub id; the bundled model when nothing is given.
-
-        Args:
-            device: by default cuda, else mps, else cpu.
-            dtype: of the weights; by default bfloat16 on a CUDA GPU that has it, else float32.
-            revision: branch or commit of a hub id.
-            variant: "fp16" reads the 16-bit files where a folder has both (diffusers' name); `dtype` still decides.
-            attention: of the U-Net: PyTorch's own, or xformers', which needs a CUDA device.
-            torch_dtype, use_safetensors, safety_checker, requires_safety_checker: as in diffusers; pickled weights are
-                never opened, and there is no safety checker.
-
-        Raises:
-            ValueError: no model there, or one that is broken or not implemented; or xformers where it can't run.
-        """
-        if use_safetensors is False:
-            raise ValueError("use_safetensors=False: only safetensors are read, pickled weights may run code")
-        if safety_checker is not None or requires_safety_checker:
-            raise ValueError("there is no safety checker in Atelier: leave it out or pass safety_checker=None")
-        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-            raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} are two names of one thing: give one")
-        chosen = usable_device(device or best_device())
-        bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        wanted = dtype or torch_dtype or (torch.bfloat16 if bf16 else torch.float32)
-        model = load_model(path_or_hub_id, dtype=wanted, revision=revision, variant=variant)
-        source = "bundled" if path_or_hub_id is None else str(path_or_hub_id)
-        pipe = cls(model, source + (f"@{revision}" if revision else "")).to(chosen)
-        model.unet.set_attention(attention)
-        LOG.info("%s on %s, %s", pipe.source, chosen, str(wanted).removeprefix("torch."))
-        return pipe
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.unet.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.unet.parameters()).dtype
-
-    def to(self, device: str | torch.device | torch.dtype, dtype: torch.dtype | None = None) -> Self:
-        """Moves the networks to a device, or to a data type, or both; returns the pipeline."""
-        target = self.device if isinstance(device, torch.dtype) else usable_device(device)
-        dtype = device if isinstance(device, torch.dtype) else dtype
-        for part in self.model.parts():
-            part.to(target, dtype)
-        # Convolutions are faster this way on every device that we measured (benchmarks/README.md).
-        self.model.unet.to(memory_format=torch.channels_last)
-        self.model.vae.to(memory_format=torch.channels_last)
-        return self
-
-    def set_progress_bar_config(self, disable: bool = False) -> None:
-        """Shows or hides the progress bar (diffusers' name)."""
-        self.progress = not disable
-
-    @property
-    def loras(self) -> dict[str, float]:
-        """The LoRAs in use and their weights."""
-        return dict(self._loras.weights)
-
-    def load_lora(self, where: str | Path, weight: float = 1.0) -> None:
-        """Merges a LoRA into the weights (arXiv:2106.09685); several add up.
-
-        Args:
-            where: a .safetensors file of diffusers, peft or kohya's scripts, a folder or training run that has one, a
-                hub id, or owner/name/file.safetensors there.
-            weight: of its change: 1 as it was trained, 0 for nothing.
-
-        Raises:
-            ValueError: none is there, or a part of it fits nothing in this model, which then stays as it is.
-        """
-        self._loras.load(where, weight)
-
-    def set_lora(self, where: str | Path, weight: float) -> None:
-        """Another weight for a LoRA, by what it was loaded from; ValueError if none was."""
-        self._loras.set(where, weight)
-
-    def unload_loras(self) -> None:
-        """Removes every LoRA: the weights are what they were, to the bit."""
-        self._loras.unload()
-
-    def load_embedding(self, where: str | Path, token: str | None = None) -> tuple[str, ...]:
-        """Teaches the text encoder learned tokens, for prompts (textual inversion, arXiv:2208.01618); returns them.
-
-        Args:
-            where: a .safetensors file of diffusers or AUTOMATIC1111, a folder, training run or hub id.
-            token: what it is called in prompts; by default as the file has it, or else by the file's own name.
-
-        Raises:
-            ValueError: nothing is there, it is of another text encoder, or the token is known already.
-        """
-        tokens = load_embedding(self.model.conditioner, where, token)
-        self._embeddings += tokens
-        return tokens
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes a diffusers folder, which `StableDiffusionPipeline.from_pretrained` opens and paints the same from.
-
-        LoRAs in use are in the weights, embeddings in the tokenizer and the text encoder.
-        Raises ValueError for a model that such a folder cannot describe (a flow, EDM, labels), before writing.
-        """
-        if reason := for_atelier_alone(self.model):
-            raise ValueError(f"this model can't be saved for diffusers: {reason}; training runs keep it as it is")
-        save_model(self.model, Path(folder), dtype)
 
     @torch.inference_mode()
     def __call__(
@@ -211,6 +83,9 @@ class TextToImagePipeline:
         classifier_scale: float = 1.0,
         variance: Literal["small", "large"] | None = None,
         clip_skip: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
         callback: Callback | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
@@ -228,7 +103,8 @@ class TextToImagePipeline:
             height, width: in pixels, multiples of the autoencoder's factor; by default the model's own, or `image`'s.
             steps: of the sampler (diffusers: `num_inference_steps`).
             guidance_scale: of classifier-free guidance, w + 1 in arXiv:2207.12598; 1 or less is none, as in diffusers.
-            negative_prompt: what to steer away from, one or as many as prompts; by default the empty caption.
+            negative_prompt: what to steer away from, one or as many as prompts; by default the null, which is the empty
+                caption, or what SDXL's kind of model has in its place.
             num_images_per_prompt: pictures for each prompt.
             seed: picture i of the call gets the noise of seed + i, alone or in a batch; random by default.
             generator: instead of a seed, as in diffusers: one for the whole batch, or one for each picture.
@@ -246,6 +122,9 @@ class TextToImagePipeline:
             variance: of the steps of the sampler "ddpm" (arXiv:2006.11239, section 3.2); by default the model's, which
                 may be learned, else the small one.
             clip_skip: layers of the text encoder to leave out at the end.
+            original_size, crop, target_size: what SDXL's kind of model is told of a picture, (height, width), (top,
+                left) and (height, width) in pixels (arXiv:2307.01952, section 2.2; diffusers: `original_size`,
+                `crops_coords_top_left`, `target_size`); by default the picture's own size, uncropped.
             callback: called at every step with (step, sigma, x at sigma, estimate of x_0), all in latents.
             output_type: "pil", "np" [N, H, W, 3] in [0, 1], "pt" [N, 3, H, W] in [0, 1], or "latent", which are as
                 diffusers has them.
@@ -269,7 +148,7 @@ class TextToImagePipeline:
             raise ValueError(f"sampler={name!r}: expected one of {', '.join(SAMPLERS)}")
         if eta and name != "ddim":
             raise ValueError(f"eta={eta} belongs to sampler='ddim', not to {name!r}")
-        grid = grid_of(model.scheduler, model.schedule, name, spacing)
+        grid = grid_of(model.scheduler, model.schedule, name, spacing, model.steps_offset)
         sigmas = step_grid(model.schedule, steps, grid)
         scale = max(1.0, defaults.guidance_scale if guidance_scale is None else guidance_scale)
         if isinstance(model.conditioner, Unconditional):
@@ -303,7 +182,10 @@ class TextToImagePipeline:
         chosen, draw = SAMPLERS[name], noise if latents is None else None
         first = float(sigmas[0])
         start = begin(model, image, mask, strength, unit, draw, first, chosen.initial_scale(grid, first))
-        cond, uncond = contexts(model.conditioner, prompts, negatives, clip_skip)
+        sizes = told_sizes(model.xl, height, width, original_size, crop, target_size)
+        told = contexts(model.conditioner, prompts, None if negative_prompt is None else negatives, clip_skip)
+        numbers = [n for pair in sizes.values() for n in pair]
+        cond, uncond = (with_sizes(context, [numbers] * len(prompts)) for context in told)
         if start.beside is not None:
             cond, uncond = cond | {"concat": start.beside}, uncond | {"concat": start.beside}
         denoise = classifier_free(model.denoiser, cond, uncond, scale, rescale=guidance_rescale, interval=interval)
@@ -342,7 +224,7 @@ class TextToImagePipeline:
             finite = interval and [min(max(level, -1e9), 1e9) for level in interval]  # JSON has no infinity
             settings["guidance_interval"] = finite
             skipped = getattr(model.conditioner, "clip_skip", 0) if clip_skip is None else clip_skip
-            settings |= {"clip_skip": skipped, "width": width, "height": height}
+            settings |= {"clip_skip": skipped, "width": width, "height": height, **sizes}
             if image is not None:
                 settings |= {"strength": strength, "mask": mask is not None}
             if self.loras or self._embeddings:

@@ -69,6 +69,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.sdxl import their_pipeline
+
+    folder = tmp_path_factory.mktemp("xl")
+    their_pipeline(folder).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Path:
     """Eight captioned pictures of one colour each."""

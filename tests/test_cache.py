@@ -1,4 +1,4 @@
-"""What is computed once: the autoencoder's latents, kept apart by all they depend on, and the captions' states."""
+"""What is computed once: the autoencoder's latents, kept apart by all they depend on."""
 
 from pathlib import Path
 
@@ -8,10 +8,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 import train.cache
-from conditioning.context import Unconditional
-from conditioning.labels import Labels
-from tests.conftest import tiny_model, tiny_text_encoder
-from train.cache import Texts, cache_latents
+from tests.conftest import tiny_model
+from train.cache import cache_latents
 from train.data import fit, to_unit
 from train.sources import open_source
 from vae.autoencoder import Autoencoder, Identity
@@ -193,31 +191,3 @@ def test_two_processes_divide_all_shards_whenever_each_looks(
     latents = encode(Process(0))
     torch.testing.assert_close(latents.mean.float(), encoded(picture_folder, vae).mean, atol=1e-3, rtol=1e-3)
     assert len(list((shards(tmp_path)[0].parent).iterdir())) == 4
-
-
-@pytest.mark.parametrize(("limit", "windows"), [(train.cache.TABLE_BYTES, 1), (1, 1), (train.cache.TABLE_BYTES, 2)])
-def test_texts_are_the_encoders(limit: int, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.cache, "TABLE_BYTES", limit)
-    encoder = tiny_text_encoder()
-    long = "a red circle on a blue background " * (4 if windows > 1 else 1)
-    groups = [("a red circle", "a fox"), (long,)]
-    texts = Texts(encoder, groups, torch.device("cpu"))
-    assert (texts.table is None) == (limit == 1 or windows > 1)
-    asked = ["a fox", "", long, "a fox"]
-    context = texts(asked)
-    wanted = encoder(asked)
-    assert context.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(context[name], value, atol=1e-5, rtol=1e-5)
-    null = encoder([""], chunks=context["encoder_hidden_states"].shape[1] // 16)["encoder_hidden_states"]
-    torch.testing.assert_close(context["encoder_hidden_states"][1:2], null)
-    short = texts(["a fox"])  # a batch without the long caption has one window
-    assert short["encoder_hidden_states"].shape[1] == 16
-    assert (wanted["encoder_hidden_states"].shape[1] > 16) == (windows > 1)
-
-
-def test_texts_of_labels_and_of_nothing() -> None:
-    labels = Labels(["cat", "dog"])
-    texts = Texts(labels, [("cat",), ("dog",)], torch.device("cpu"))
-    assert texts(["dog", "", "cat"])["class_labels"].tolist() == [1, 2, 0]
-    assert Texts(Unconditional(), [("cat",)], torch.device("cpu"))(["cat", ""]) == {}

@@ -77,9 +77,11 @@ def test_few_pictures_are_validated_on_themselves(tmp_path: Path, capsys: pytest
 
 def test_pixels_come_with_their_latents(tmp_path: Path) -> None:
     fed = feed(pictures(tmp_path / "p", 8, (24, 16)), tmp_path / "cache", pixels=True)
+    for update, first in ((0, 0), (0, 2), (1, 0), (1, 2), (2, 0), (7, 0), (0, 0), (1, 0)):
+        taken = fed.take(update, first, 2, 4)
+        assert taken.pixels is not None
+        torch.testing.assert_close(taken.pixels, taken.mean, atol=1e-3, rtol=0)  # a picture is its own latent here
     taken = fed.take(1, 0, 4, 4)
-    assert taken.pixels is not None
-    torch.testing.assert_close(taken.pixels, taken.mean, atol=1e-3, rtol=0)  # in pixels, a picture is its own latent
     assert taken.sizes.tolist() == [[16, 24, 0, 4, 16, 16]] * 4
     (tmp_path / "p" / "003.png").write_bytes(b"gone")
     with pytest.raises(ValueError, match="could be read when its latent was cached"):
@@ -90,7 +92,9 @@ def test_latents_are_the_autoencoders(tmp_path: Path) -> None:
     vae = tiny_model().vae
     folder = pictures(tmp_path / "p", 4)
     accelerator = Accelerator(cpu=True)
-    fed = open_feed(str(folder), vae, 16, seed=0, global_batch=4, cache=tmp_path / "c", accelerator=accelerator)
+    fed = open_feed(
+        str(folder), vae, 16, seed=0, global_batch=4, cache=tmp_path / "c", accelerator=accelerator, workers=0
+    )
     taken = fed.take(0, 0, 4, 4)
     shown = [Image.open(folder / f"{int(c.split()[1]):03d}.png") for (c,) in taken.captions]
     pixels = torch.stack([torch.tensor(list(s.tobytes()), dtype=torch.uint8).view(16, 16, 3) for s in shown])

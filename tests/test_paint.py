@@ -13,7 +13,7 @@ from pipelines import TextToImagePipeline
 from pipelines.adapters import NAME, save_lora
 from pipelines.embeddings import save_embedding
 from pipelines.folder import load_model
-from tests.test_adapters import factors
+from tests.lora import factors
 from tests.test_cli import call
 
 

@@ -1,5 +1,6 @@
 """EMA, learning rate and checkpoints: closed forms, and what a kill at the worst moment leaves behind."""
 
+import errno
 import itertools
 import pickle
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pipelines.files import newest
@@ -149,6 +151,35 @@ def test_a_kill_while_writing_leaves_the_former_checkpoint(tmp_path: Path) -> No
     assert (found[0] / "weights.txt").read_text() == "whole"
     assert found[1]["x"] == 4
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-0000001", "checkpoint-0000002"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file data/16"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_named_and_the_former_checkpoint_stays(tmp_path: Path, error: Exception) -> None:
+    save_checkpoint(tmp_path, 1, write, {"x": 1}, Settings(tmp_path))
+
+    def full(folder: Path) -> None:
+        (folder / "weights.txt").write_text("half")
+        raise error
+
+    with pytest.raises(ValueError, match=r"is full: the checkpoint of update 2 is not written, checkpoint-0000001 is"):
+        save_checkpoint(tmp_path, 2, full, {"x": 2}, Settings(tmp_path))
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-0000001"]
+    with pytest.raises(ValueError, match="there is none before it"):
+        save_checkpoint(tmp_path / "other", 2, full, {"x": 2}, Settings(tmp_path))
+
+    def forbidden(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(PermissionError):  # anything else says itself what it is
+        save_checkpoint(tmp_path, 2, forbidden, {}, Settings(tmp_path))
 
 
 def test_old_checkpoints_go(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,7 +15,7 @@ from tests.conftest import tiny_model
 from tests.sets import png, write_parquet, write_tar
 from train.feed import open_feed
 from train.shards import open_shards
-from train.streamed import StreamFeed, merged_states
+from train.streamed import StreamFeed
 from train.streams import Cursor, Stream, Unusable, held_out
 from vae.autoencoder import Identity
 
@@ -110,7 +109,7 @@ def test_parquet_rows_are_those_of_datasets(tmp_path: Path) -> None:
 
 def test_remote_paths(tmp_path: Path) -> None:
     """In fsspec's own remote file system, that of the memory: a file, a pattern, a folder, in both kinds of files."""
-    remote = fsspec.filesystem("memory")
+    remote = pytest.importorskip("fsspec").filesystem("memory")
     tars(tmp_path / "t", 3, 10)
     parquet(tmp_path / "p", 2, 10)
     for kind in "tp":
@@ -130,6 +129,22 @@ def test_remote_paths(tmp_path: Path) -> None:
         assert rows[0].example().image.getpixel((0, 0))[0] == first
     fed = feed("memory://bucket/t", streaming=False)  # which a remote path is by itself
     assert sorted(numbers(fed.take(0, 0, 8, 8))) != []
+
+
+def test_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` with the network replaced by a folder."""
+    import datasets
+
+    parquet(tmp_path / "data", 2, 5)
+    (tmp_path / "data" / "000.parquet").rename(tmp_path / "data" / "train-000.parquet")
+    (tmp_path / "data" / "001.parquet").rename(tmp_path / "data" / "test-000.parquet")
+    load = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: load(str(tmp_path)))
+    for data, first in (("someone/numbers", 0), ("someone/numbers:test", 5)):
+        (row, _), *_ = open_shards(data).rows(0, [])
+        assert row.captions[0] == f"number {first}"
+    with pytest.raises(ValueError, match=r"its splits are train, test: name one as someone/numbers:SPLIT"):
+        open_shards("someone/numbers:validation")
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path, picture_folder: Path) -> None:
@@ -249,21 +264,52 @@ def test_a_feed_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for update in range(17):
         for rank, one in enumerate(stopped):
             one.take(update, rank * 3, 3, 6)
-    state = json.loads(json.dumps(merged_states([one.state() for one in stopped])))
-    assert merged_states([{}, {}]) == {}
-    for processes in (1, 2, 3):  # also other numbers of processes
+    state = merged(stopped)
+    assert set(state["streams"]) == {"0.0", "0.1", "0.2"}
+    for processes in (1, 3):  # also other numbers of processes
         size = 6 // processes
         again = [feed(tmp_path) for _ in range(processes)]
         for one in again:
             one.load(state)
             assert one.state() == state
         for update in range(17, 40):
-            assert sum((numbers(o.take(update, r * size, size, 6)) for r, o in enumerate(again)), []) == updates[update]
+            seen = [n for rank, one in enumerate(again) for n in numbers(one.take(update, rank * size, size, 6))]
+            assert seen == updates[update]
+            if update == 25:  # a state of who went on from a state
+                further = merged(again)
+        last = feed(tmp_path)
+        last.load(further)
+        assert further["streams"]["0.0"] > state["streams"]["0.0"]
+        assert numbers(last.take(26, 0, 6, 6)) == updates[26]
     late = feed(tmp_path)  # without its state it has to read all that lies before, and comes to the same
     assert numbers(late.take(17, 0, 6, 6)) == updates[17]
     other = feed(tars(tmp_path / "other", 1, 9))
     with pytest.raises(ValueError, match="names other streams"):
         other.load(state)
+
+
+def merged(feeds: list[StreamFeed]) -> dict:
+    """What every process of several says, each of which knows its own streams."""
+    own = [(name, list(cursor)) for one in feeds for name, cursor in one.served.items()]
+    states = []
+    for one in feeds:
+        one.gather = lambda _: own
+        states.append(json.loads(json.dumps(one.state())))
+    assert all(state == states[0] for state in states)
+    return states[0]
+
+
+def test_a_rehearsal_leaves_no_trace(tmp_path: Path) -> None:
+    """The first update, then back to where all was: also with pictures that are already being read ahead."""
+    tars(tmp_path, 3, 40)
+    fresh, rehearsed = feed(tmp_path), feed(tmp_path)
+    before = rehearsed.state()
+    for update in range(4):
+        rehearsed.take(update, 0, 6, 6)
+    assert rehearsed.prepared
+    rehearsed.load(before)
+    for update in range(30):
+        assert numbers(rehearsed.take(update, 0, 6, 6)) == numbers(fresh.take(update, 0, 6, 6))
 
 
 def test_a_stream_only_goes_on(tmp_path: Path) -> None:
@@ -301,13 +347,12 @@ def test_what_is_unusable_is_named_and_counted(
     seen = {n for update in range(24) for n in numbers(fed.take(update, 0, 8, 8))}
     assert not seen & {33, 44}
     out = capsys.readouterr().out
-    assert f"left out {tmp_path / 'a.tar'}: 00033: cannot identify" in out
+    assert f"left out {tmp_path / 'a.tar'}: 00033: no picture in a format that Pillow knows" in out
     assert f"left out {tmp_path / 'a.tar'}: 00044: no caption" in out
     monkeypatch.setattr(train.streams, "JUDGED", 50)
     monkeypatch.setattr(train.streams, "MAX_UNUSABLE", 0.005)
     with pytest.raises(ValueError, match="rows cannot be used"):
-        for update in range(24, 60):
-            fed.take(update, 0, 8, 8)
+        [fed.take(update, 0, 8, 8) for update in range(24, 60)]
 
 
 def test_a_set_of_nothing_usable_is_refused(tmp_path: Path) -> None:

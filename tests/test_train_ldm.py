@@ -1,9 +1,9 @@
 """Training a model: that it learns and paints what it learnt, whatever it is."""
 
 import json
-from types import SimpleNamespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +19,11 @@ from ldm.schedule import VariancePreserving
 from pipelines import TextToImagePipeline
 from pipelines.folder import load_model
 from tests.training import COLOURS, UNET, paint, state, weights
-from train.cache import Latents, Texts
+from train.cache import Latents
 from train.ldm import main
 from train.settings import Config
 from train.state import checkpoints
+from train.texts import Texts
 from train.watch import validate
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -12,9 +12,10 @@ import train.ldm
 import train.trained
 import train.watch
 from tests.training import Killed, kill_at, paint, state, weights
+from train.batch import draw_batch
 from train.data import batch_indices
 from train.feed import Taken
-from train.ldm import draw_batch, main
+from train.ldm import main
 from train.settings import Config
 from train.state import checkpoints
 

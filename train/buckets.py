@@ -82,7 +82,7 @@ def assign(
         for side in buckets
         if pictures[side]
     ]
-    return Assigned(sides, "\n".join(["buckets, width×height:", *rows, *lines]))
+    return Assigned(sides, "\n".join([f"buckets, width×height, multiples of {multiple}:", *rows, *lines]))
 
 
 def _closest(ratio: float, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What training needs of a picture, computed once: the autoencoder's posterior, and the text encoder's states.
+"""What training needs of a picture, computed once: the autoencoder's posterior.
 
 The latent cache is a folder of shards, each written aside and renamed, so that a killed run goes on with the next shard
 and two writers do not disturb one another. Its name is a hash of the pictures, the transform and the autoencoder's
@@ -8,25 +8,24 @@ weights: when one of them changes it is another cache.
 import hashlib
 import json
 import shutil
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from conditioning.context import Conditioner, Context
 from train.data import Side, read, refuse_unusable, to_unit, written_aside
 from train.hashes import FileHashes
-from train.pictures import Source, digest
-from train.sources import parts_of, refuse_numbers
+from train.pictures import Source, digest, refuse_numbers
+from train.sources import parts_of
 from vae.autoencoder import Autoencoder, Identity, Posterior
 
 SHARD = 512  # pictures in one file
-TABLE_BYTES = 10**9  # up to which the states of all captions are kept in memory
 FORMAT = "3"  # of the shards: raised when what lies in them changes
 
 
@@ -49,44 +48,68 @@ class Cached:
 
     def __init__(self) -> None:
         self.moments: list[tuple[Tensor, Tensor]] = []  # of each shard and shape: mean and log-variance, float16
-        self.where: list[tuple[int, int]] = []  # of each picture: which of `moments`, and its row there
         self.captions: list[tuple[str, ...]] = []
-        self.framing: list[tuple[int, ...]] = []  # as `train.data.framing` has it
-        self.index: list[int] = []  # of each picture in the (joined) source
-        self.parts: list[int] = []  # of each picture: the part of --data
+        # Of each picture seven to ten numbers, which as Python's own would take more memory than a small latent:
+        self._where = array("q")  # which of `moments`, and the row there
+        self._framing = array("q")
+        self._index = array("q")
+        self._parts = array("q")
 
     def add(self, file: Path, part: int, begin: int) -> list[tuple[str, str]]:
         """Maps a shard of the part that begins at `begin`; (key, error) of the pictures that it lacks."""
-        with safe_open(file, framework="pt") as opened:
-            said = json.loads(opened.metadata()["pictures"])
-            place = {}
-            for shape in said["shapes"]:
-                place[shape] = len(self.moments)
-                self.moments.append((opened.get_tensor(f"mean {shape}"), opened.get_tensor(f"logvar {shape}")))
+        try:
+            with safe_open(file, framework="pt") as opened:
+                said = json.loads(opened.metadata()["pictures"])
+                place = {}
+                for shape in said["shapes"]:
+                    place[shape] = len(self.moments)
+                    self.moments.append((opened.get_tensor(f"mean {shape}"), opened.get_tensor(f"logvar {shape}")))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is broken ({error}): delete it and start again, which computes it anew") from None
         rows = dict.fromkeys(place, 0)
         for captions, framing, index, shape in said["pictures"]:
             self.captions.append(tuple(captions))
-            self.framing.append(tuple(framing))
-            self.index.append(begin + index)
-            self.parts.append(part)
-            self.where.append((place[shape], rows[shape]))
+            self._where.extend((place[shape], rows[shape]))
+            self._framing.extend(framing)
+            self._index.append(begin + index)
+            self._parts.append(part)
             rows[shape] += 1
         return [(key, error) for key, error in said["unusable"]]
 
-    def shape(self, index: int) -> tuple[int, ...]:
-        """(C, h, w) of a picture's latent."""
-        return tuple(self.moments[self.where[index][0]][0].shape[1:])
+    @property
+    def where(self) -> Tensor:
+        """[N, 2]: which of `moments`, and the row there."""
+        return torch.frombuffer(self._where, dtype=torch.int64).view(-1, 2)
+
+    @property
+    def framing(self) -> Tensor:
+        """[N, 6], as `train.data.framing` has it."""
+        return torch.frombuffer(self._framing, dtype=torch.int64).view(-1, 6)
+
+    @property
+    def index(self) -> Tensor:
+        """[N]: of each picture in the (joined) source."""
+        return torch.frombuffer(self._index, dtype=torch.int64)
+
+    @property
+    def parts(self) -> Tensor:
+        """[N]: the part of --data that each picture is of."""
+        return torch.frombuffer(self._parts, dtype=torch.int64)
+
+    def shapes(self) -> tuple[list[tuple[int, ...]], Tensor]:
+        """The shapes (C, h, w) that there are, the largest first; and which of them each picture has, [N]."""
+        every = [tuple(mean.shape[1:]) for mean, _ in self.moments]
+        shapes = sorted(set(every), key=lambda shape: (-shape[1] * shape[2], shape))
+        return shapes, torch.tensor([shapes.index(shape) for shape in every])[self.where[:, 0]]
 
     def posterior(self, indices: Tensor, device: torch.device) -> Posterior:
         """Of pictures of one shape."""
-        where = [self.where[i] for i in indices.tolist()]
-        mean = torch.stack([self.moments[m][0][row] for m, row in where])
-        logvar = torch.stack([self.moments[m][1][row] for m, row in where])
+        mean, logvar, _ = self.select(indices)
         return Posterior(mean.to(device).float(), logvar.to(device).float())
 
     def select(self, indices: Tensor) -> Latents:
         """Pictures of one shape, copied into memory."""
-        where = [self.where[i] for i in indices.tolist()]
+        where = self.where[indices].tolist()
         mean = torch.stack([self.moments[m][0][row] for m, row in where])
         logvar = torch.stack([self.moments[m][1][row] for m, row in where])
         return Latents(mean, logvar, [self.captions[i] for i in indices.tolist()])
@@ -118,7 +141,7 @@ def open_cache(
     Raises ValueError when more pictures than `train.sources.MAX_UNUSABLE` of a part are broken or without a caption, or
     when the disk has no room for what is to be written.
     """
-    weights, hashes = _weights_digest(vae), FileHashes(folder)
+    weights, hashes = weights_digest(vae), FileHashes(folder)
     parts, jobs, begin = [], [], 0
     for part, _ in parts_of(source):
         of_part: list[Side] = list(sides[begin : begin + len(part)]) if sides is not None else [size] * len(part)
@@ -196,39 +219,15 @@ def _encode_shard(
     tensors: dict[str, Tensor] = {}
     for shape, (means, logvars) in moments.items():
         tensors |= {f"mean {shape}": torch.cat(means), f"logvar {shape}": torch.cat(logvars)}
-    with written_aside(file) as partial:
-        save_file({name: m.contiguous() for name, m in tensors.items()}, partial, metadata={"pictures": said})
+    try:
+        with written_aside(file) as partial:
+            save_file({name: m.contiguous() for name, m in tensors.items()}, partial, metadata={"pictures": said})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be written ({error}): make room; what is cached already is kept") from None
 
 
 def shape_name(pixels: tuple[int, ...], downscale: int) -> str:
     return f"{pixels[0] // downscale}x{pixels[1] // downscale}"
-
-
-class Texts:
-    """Captions to context rows: all encoded once, or as they come, when they are too many to keep or one of them needs
-    more than one window of the encoder: each batch then has as many windows as its longest caption needs."""
-
-    def __init__(self, conditioner: Conditioner, captions: Sequence[tuple[str, ...]], device: torch.device):
-        self.conditioner, self.device = conditioner, device
-        distinct = sorted({caption for group in captions for caption in group} | {""})
-        row = sum(value.numel() * value.element_size() for value in self._encode([""]).values())  # bytes
-        chunks = getattr(conditioner, "chunks", None)
-        fits = row * len(distinct) <= TABLE_BYTES and (chunks is None or chunks(distinct) == 1)
-        self.row = {caption: i for i, caption in enumerate(distinct)}
-        self.table = self._encode(distinct) if fits else None
-
-    @torch.no_grad()
-    def _encode(self, captions: list[str]) -> Context:
-        parts = [self.conditioner(captions[i : i + 256]) for i in range(0, len(captions), 256)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> Context:
-        """The context of these captions; the empty one is the null."""
-        if self.table is None:
-            return self.conditioner(list(captions))
-        rows = torch.tensor([self.row[caption] for caption in captions])
-        return {name: value[rows.to(value.device)].to(self.device) for name, value in self.table.items()}
 
 
 def _shard(place: Path, sides: list[Side], shard: int, in_buckets: bool) -> Path:
@@ -237,7 +236,8 @@ def _shard(place: Path, sides: list[Side], shard: int, in_buckets: bool) -> Path
     return place / f"{shard:06d}{ways}.safetensors"
 
 
-def _weights_digest(network: nn.Module) -> str:
+def weights_digest(network: nn.Module) -> str:
+    """A hash of a network's configuration and weights."""
     digest = hashlib.sha256(repr(getattr(network, "config", "")).encode())
     for name, weight in sorted(network.state_dict().items()):
         digest.update(name.encode())

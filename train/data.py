@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from train.hashes import FileHashes
-from train.pictures import MAX_UNUSABLE, UNREADABLE, Source, digest
+from train.pictures import MAX_UNUSABLE, UNREADABLE, Source, digest, refuse_numbers
 
 Side = int | tuple[int, int]  # of a square, or (width, height), in pixels
 
@@ -84,10 +85,24 @@ def read(
         _Reading(source, size, indices), batch_size=batch, num_workers=workers, collate_fn=list
     )
     bar = tqdm(total=len(indices), desc=progress, unit="pictures", disable=progress is None)
-    with bar:
+    with bar, workers_named():
         for loaded in loader:
             bar.update(len(loaded))
             yield loaded
+
+
+@contextmanager
+def workers_named() -> Iterator[None]:
+    """ValueError, instead of PyTorch's RuntimeError, where a process that reads pictures dies."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a process that reads pictures died ({error}), often for want of memory: lower --workers, and start again "
+            "with the same command, which goes on where this one was"
+        ) from None
 
 
 def refuse_unusable(unusable: Sequence[tuple[str, str]], total: int, say: Callable[[str], None] = print) -> None:
@@ -114,6 +129,7 @@ class Pictures(NamedTuple):
 
 def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, progress: bool = True) -> Pictures:
     """Decodes a source once and maps it from `cache` ever after; keyed by content and size."""
+    refuse_numbers(source)
     stem = cache / f"pixels-{digest(source.fingerprint(FileHashes(cache)), str(size))}"
     pixel_file, caption_file = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if not caption_file.exists():  # written last: its presence says that the pixels are whole
@@ -145,9 +161,12 @@ def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, p
 @contextmanager
 def written_aside(file: Path) -> Iterator[Path]:
     """A path of this process's own to write to: whole, it becomes `file` at a stroke; after an error it goes."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.{os.environ.get('RANK', 0)}.partial")
+    own = f"{platform.node()}.{os.getpid()}.{os.environ.get('RANK', 0)}"
+    partial = file.with_name(f"{file.name}.{own}.partial")
     try:
         yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())  # or a crash of the machine could leave the name without the bytes
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

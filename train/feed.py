@@ -7,12 +7,13 @@ is a function of (seed, update, position, global batch): one process or several 
 import contextlib
 import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from train.buckets import assign, picture_sizes
@@ -26,6 +27,8 @@ from train.streamed import StreamFeed
 from train.streams import first_rows
 from train.taken import VALIDATION, Feed, Taken
 from vae.autoencoder import Autoencoder, Identity
+
+AHEAD = 4  # batches of pictures that are decoded before they are asked for
 
 
 class CachedFeed:
@@ -46,13 +49,10 @@ class CachedFeed:
         by `workers` threads."""
         self.cached, self.source, self.device, self.captions = cached, source, device, cached.captions
         self.readers = ThreadPoolExecutor(max(1, workers)) if pixels else None
-        self.framing = torch.tensor(cached.framing)
-        self.parts = torch.tensor(cached.parts)
-        every = [cached.shape(i) for i in range(len(cached.captions))]
-        shapes = sorted(set(every), key=lambda shape: (-shape[1] * shape[2], shape))
-        number_of = {shape: number for number, shape in enumerate(shapes)}
-        number = torch.tensor([number_of[shape] for shape in every])
-        count = len(every)
+        self.reading: dict[tuple[int, ...], list[Future[Tensor]]] = {}  # the arguments of `take` -> pixels
+        self.framing, self.parts, self.index = cached.framing, cached.parts, cached.index
+        shapes, number = cached.shapes()
+        count = len(number)
         order = permutation(count, seed, -1)
         common = int(number.bincount().argmax())  # pictures of the validation loss have one shape
         alike = order[number[order] == common]
@@ -75,13 +75,23 @@ class CachedFeed:
         _, chosen = self.order(update, first, size, global_batch)
         posterior = self.cached.posterior(chosen, self.device)
         captions = [self.captions[i] for i in chosen.tolist()]
-        pixels = self._pixels(chosen) if self.readers else None
+        pixels = None
+        if self.readers:
+            reading = self.reading.pop((update, first, size, global_batch), None) or self._read(chosen)
+            # These positions of the next update will be asked for soon; at once, unless updates have several steps.
+            self.reading = {call: pixels for call, pixels in self.reading.items() if call[0] >= update}
+            following = (update + 1, first, size, global_batch)
+            if len(self.reading) < AHEAD and following not in self.reading:
+                self.reading[following] = self._read(self.order(*following)[1])
+            pixels = to_unit(torch.stack([one.result() for one in reading])).to(self.device)
         return Taken(posterior.mean, posterior.logvar, captions, self.framing[chosen], self.parts[chosen], pixels)
 
-    def _pixels(self, chosen: Tensor) -> Tensor:
+    def _read(self, chosen: Tensor) -> list[Future[Tensor]]:
+        """The pixels of pictures, uint8 [height, width, 3], while other work goes on."""
+
         def one(i: int) -> Tensor:
             height, width = self.framing[i, 4:].tolist()
-            loaded = load(self.source, (width, height), self.cached.index[i])
+            loaded = load(self.source, (width, height), int(self.index[i]))
             if loaded.pixels is None:
                 raise ValueError(
                     f"{loaded.key} could be read when its latent was cached, and now cannot: {loaded.error}"
@@ -89,7 +99,7 @@ class CachedFeed:
             return torch.from_numpy(loaded.pixels.copy())
 
         assert self.readers
-        return to_unit(torch.stack(list(self.readers.map(one, chosen.tolist())))).to(self.device)
+        return [self.readers.submit(one, i) for i in chosen.tolist()]
 
     def validation(self, number: int = VALIDATION) -> Latents:
         return self.cached.select(self.held[:number])
@@ -132,10 +142,10 @@ def open_feed(
     """Opens what `--data` names, prints what is there, and computes the latents that are not yet cached.
 
     vae: on the accelerator's device. size: side in pixels. streaming: parquet files, tars and sets of the hub are read
-    as streams, as remote paths always are; a number before a part is then its share of the pictures. buckets:
-    aspect-ratio buckets of about size² pixels, whose sides are multiples of `multiple` pixels (the autoencoder's factor times the U-Net's; 0: the autoencoder's alone);
-    those with fewer pictures than `global_batch` are merged. template: makes the captions (`train.captions.Template`).
-    pixels: `Taken.pixels` are wanted, too.
+    as streams, as remote paths always are; a number before a part is then its share of the pictures.
+    buckets: aspect-ratio buckets of about size² pixels, whose sides are multiples of `multiple` pixels (the
+    autoencoder's factor times the U-Net's; 0: the autoencoder's alone); those with fewer pictures than `global_batch`
+    are merged. template: makes the captions (`train.captions.Template`). pixels: `Taken.pixels` are wanted, too.
 
     Raises ValueError for data that cannot be used (`train.sources.open_source`, `train.cache.open_cache`).
     """
@@ -151,7 +161,7 @@ def open_feed(
         )
     source = open_source(data, size, font=font, views=views, template=template)
     if accelerator.is_main_process:
-        print(describe(source, size))
+        print(describe(source, None if buckets else size))
     sides = None
     if buckets:
         sides = bucketed(source, size, multiple or vae.downscale, global_batch, cache, accelerator)
@@ -177,7 +187,8 @@ def _open_streams(
             with contextlib.suppress(ValueError):  # a broken row is named and counted when its turn comes
                 print(describe_row(first.row.example(), size))
     shares = [number for number, _ in parts]
-    feed = StreamFeed(sets, shares, vae, size, seed, accelerator.device, workers=workers, pixels=pixels)
+    device = accelerator.device
+    feed = StreamFeed(sets, shares, vae, size, seed, device, workers=workers, pixels=pixels, gather=gather_object)
     held = sum(map(len, feed.held))
     accelerator.print(
         f"{held} pictures held out for the validation loss"

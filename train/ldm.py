@@ -8,7 +8,6 @@ several see the same batches.
 
 import shutil
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,15 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from conditioning.context import Context
 from conditioning.labels import Labels
 from ldm.loss import HybridLoss, denoising_loss, training_noise, training_weight
-from pipelines.folder import Model
+from train.batch import Batch, draw_batch
 from train.build import build, optimizer_for
 from train.config import parse
-from train.data import chances, generator
-from train.feed import Feed, open_feed
-from train.inpainting import draw_mask, shown_beside
+from train.feed import CachedFeed, open_feed
 from train.launch import Interruption, memory_format, start
 from train.learner import Learner
 from train.meter import Meter
@@ -52,62 +48,6 @@ MAY_CHANGE = (
     "batch_size",
     "accumulate",
 )
-
-
-@dataclass
-class Batch:
-    """One step's pictures on one process, and every random draw that it needs."""
-
-    x0: Tensor  # [B, C, h, w], samples of the posterior
-    captions: list[str]  # one for each picture; "" where it was dropped
-    u: Tensor  # [B], uniform numbers that choose the noise levels
-    noise: Tensor  # like x0
-    weight: Tensor  # [B], of each picture's loss
-    beside: Context  # what the network is told beside the captions
-    options: dict[str, Tensor]  # more arguments of the loss
-
-
-def draw_batch(
-    config: Config,
-    feed: Feed,
-    update: int,
-    first: int,
-    global_batch: int,
-    device: torch.device,
-    *,
-    model: Model | None = None,
-    prior: int = -1,
-) -> Batch:
-    """Positions first … first + batch_size - 1 of an update's global batch.
-
-    model: of labels, which know a picture's first caption alone, or for inpainting, which is shown masks. prior: the
-    part of the data that has a weight of its own.
-    """
-    taken = feed.take(update, first, config.batch_size, global_batch)
-    drawn = chances(config.seed, update, first, config.batch_size, global_batch, taken.mean.shape[1:])
-    captions = []
-    canonical = model is not None and isinstance(model.conditioner, Labels)
-    for group, chance in zip(taken.captions, drawn.chance.tolist(), strict=True):
-        chosen = group[0 if canonical else int(chance[0] * len(group))]
-        captions.append("" if chance[1] < config.caption_dropout else chosen)
-    posterior_noise, noise = drawn.normal.to(device)
-    x0 = taken.mean + (taken.logvar / 2).exp() * posterior_noise
-    more = [generator(config.seed, update, position, 1) for position in range(first, first + config.batch_size)]
-    if config.offset_noise:  # N. Guttenberg, "Diffusion with offset noise" (2023)
-        offset = torch.stack([torch.randn(len(x0[0]), 1, 1, generator=draw) for draw in more])
-        noise = noise + config.offset_noise * offset.to(noise)
-    options = {}
-    if config.perturbation:
-        unseen = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more])
-        options["seen"] = noise + config.perturbation * unseen.to(noise)
-    beside = {}
-    if model is not None and model.inpaints:
-        assert taken.pixels is not None
-        masks = torch.stack([draw_mask(draw, *taken.pixels.shape[2:]) for draw in more]).to(device)
-        unlike = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more]).to(device)
-        beside["concat"] = shown_beside(model.vae, taken.pixels, masks, unlike)
-    weight = torch.where(taken.parts.to(device) == prior, config.prior_weight, 1.0)
-    return Batch(x0, captions, drawn.u.to(device), noise, weight, beside, options)
 
 
 def main(config: Config) -> Path:
@@ -140,6 +80,10 @@ def main(config: Config) -> Path:
         cache=config.cache,
         accelerator=accelerator,
         workers=config.workers,
+        streaming=config.streaming,
+        buckets=config.buckets,
+        multiple=model.vae.downscale * 2 ** (len(model.unet.config.block_out_channels) - 1),
+        template=config.template,
         font=config.font,
         views=config.views,
         pixels=model.inpaints,
@@ -148,8 +92,16 @@ def main(config: Config) -> Path:
     validation = feed.validation()
     every = [group[:1] for group in feed.captions] if isinstance(model.conditioner, Labels) else feed.captions
     check_token(config, every)
-    texts = model.conditioner if tells(config) else Texts(model.conditioner, every, device)
+    texts = (
+        model.conditioner
+        if tells(config)
+        else Texts(model.conditioner, every, device, cache=config.cache, accelerator=accelerator)
+    )
     prompts = sample_prompts(config, model, validation)
+    if isinstance(feed, CachedFeed) and not model.inpaints:  # till samples are painted, its memory is free
+        model.vae.to("cpu")
+    if isinstance(texts, Texts) and not texts.encodes and not config.shuffle_tags:
+        model.conditioner.to("cpu")
 
     # The loss, and what follows its gradient.
     levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
@@ -228,7 +180,8 @@ def main(config: Config) -> Path:
     try:
         learn()
         carried.load(before)
-        model.conditioner(prompts)
+        with evaluating(model, device):
+            model.conditioner(prompts)
         if saved := save(place):
             check_room(config.output, saved, config.keep)
         look(min(len(validation.captions), config.batch_size), prompts[:1], place / "samples.png", steps=2)

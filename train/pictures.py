@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from train.hashes import FileHashes
@@ -47,7 +47,7 @@ class Row(NamedTuple):
             with Image.open(io.BytesIO(self.picture)) as image:
                 return Example(rgb(image), self.captions, self.key)
         except UNREADABLE as error:
-            raise ValueError(f"{self.key}: {error}") from None
+            raise ValueError(f"{self.key}: {_plain(error)}") from None
 
     def size(self) -> tuple[int, int]:
         """(width, height), from the header alone. Raises what `example` does."""
@@ -57,7 +57,12 @@ class Row(NamedTuple):
             with Image.open(io.BytesIO(self.picture)) as image:
                 return upright_size(image)
         except UNREADABLE as error:
-            raise ValueError(f"{self.key}: {error}") from None
+            raise ValueError(f"{self.key}: {_plain(error)}") from None
+
+
+def _plain(error: Exception) -> str:
+    """Without the address in memory that Pillow gives bytes for a name."""
+    return "no picture in a format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -76,6 +81,12 @@ def rgb(image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
     return image.convert("RGB")
+
+
+def refuse_numbers(source: Source) -> None:
+    """ValueError where --data says how often pictures come, but who reads them takes each once."""
+    if any(number != 1 for number in getattr(source, "numbers", ())):
+        raise ValueError("--data: a number before a source (20*mine/) is for train/ldm.py; leave it out here")
 
 
 def digest(*parts: str | bytes) -> str:

@@ -24,7 +24,12 @@ SMALL = UNetConfig(
 class Config:
     """Settings of one training run."""
 
-    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms" or "pictograms:all"; several joined by +
+    data: str = "shapes"  # folder, .parquet, .tar, hub set, "shapes", "pictograms[:all]"; [NUMBER*]SOURCE joined by +
+    template: str = ""  # makes captions of columns or fields, such as "a photo of {label}"
+    shuffle_tags: bool = False  # comma-separated parts of a caption come in any order
+    keep_tags: int = 0  # but the first so many, which stay in front
+    streaming: bool = False  # read .parquet, .tar and hub sets as they come; nothing is cached
+    buckets: bool = False  # aspect ratios stay about what they are: rectangles of about size² pixels, not squares
     output: Path = Path("runs/shapes")  # checkpoints, sample grids and logs
     model: str = ""  # model to fine-tune: folder, hub id or "bundled"; "" trains a new U-Net
     train: tuple[Literal["unet", "text_encoder"], ...] = ("unet",)  # what learns, or gets adapters
@@ -99,7 +104,7 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
         if self.size is not None and self.size < 1:
             raise ValueError(f"--size is {self.size}: expected at least 1")
-        for name in ("lora_rank", "huber", "offset_noise", "perturbation", "prior_weight"):
+        for name in ("keep_tags", "lora_rank", "huber", "offset_noise", "perturbation", "prior_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 0")
         if not self.train or len(set(self.train)) < len(self.train):

@@ -129,7 +129,7 @@ def _listed(data: str) -> list[str]:
             name, _, split = data.partition(":")
             every = datasets.load_dataset_builder(name).config.data_files or {}
             if (split or "train") not in every:
-                raise ValueError(f"its splits are {', '.join(every) or 'unknown'}: name one as {name}:SPLIT")
+                raise ValueError(f"its splits are {', '.join(map(str, every)) or 'unknown'}: name one as {name}:SPLIT")
             return [str(f) for f in every[split or "train"]]
     except Exception as error:  # whatever the network, the hub or the path's kind bring up
         raise ValueError(f"--data {data!r} cannot be opened: {type(error).__name__}: {error}") from None

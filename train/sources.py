@@ -215,14 +215,11 @@ def parts_of(source: Source) -> list[tuple[Source, float]]:
     return [(source, 1.0)]
 
 
-def refuse_numbers(source: Source) -> None:
-    """ValueError where a caller cannot repeat pictures, but --data says so."""
-    if any(number != 1 for _, number in parts_of(source)):
-        raise ValueError("--data: a number before a source (20*mine/) is for train/ldm.py; leave it out here")
+def describe(source: Source, size: int | None) -> str:
+    """What was found, with three parsed rows, for the first lines that a training run prints.
 
-
-def describe(source: Source, size: int) -> str:
-    """What was found, with three parsed rows, for the first lines that a training run prints."""
+    size: of the squares that pictures are brought to; None for buckets.
+    """
     lines = [f"{len(source):,} pictures, captions: {getattr(source, 'origin', type(source).__name__)}"]
     for index in dict.fromkeys((0, len(source) // 2, len(source) - 1)):
         try:
@@ -236,9 +233,10 @@ def describe(source: Source, size: int) -> str:
     return "\n".join(lines)
 
 
-def describe_row(example: Example, size: int) -> str:
+def describe_row(example: Example, size: int | None) -> str:
     """A line on a parsed row."""
     w, h = example.image.size
-    crop = "" if w == h else f", cropped to the middle {min(w, h)}×{min(w, h)}"
+    crop = "" if w == h or not size else f", cropped to the middle {min(w, h)}×{min(w, h)}"
+    resized = f", resized to {size}" if size else ""
     others = f" (+{len(example.captions) - 1} more captions)" if len(example.captions) > 1 else ""
-    return f"  {example.key}: {w}×{h}{crop}, resized to {size}: {example.captions[:1]}{others}"
+    return f"  {example.key}: {w}×{h}{crop}{resized}: {example.captions[:1]}{others}"

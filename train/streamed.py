@@ -2,7 +2,8 @@
 
 import contextlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,25 +53,18 @@ class StreamFeed:
         *,
         workers: int = 2,
         pixels: bool = False,
+        gather: Callable[[list], list] = list,
     ):
         """shares: of the positions of a batch, in any unit. workers: threads that decode. pixels: `Taken.pixels` are
-        wanted, too. Raises ValueError where a set has nothing to train on."""
+        wanted, too. gather: lists of all processes, joined. Raises ValueError where a set has nothing to train on."""
         self.sets, self.shares, self.vae, self.size, self.seed, self.device = sets, shares, vae, size, seed, device
-        self.with_pixels = pixels
+        self.with_pixels, self.gather = pixels, gather
         side = size // vae.downscale
         self.shapes: list[tuple[int, ...]] = [(vae.latent_channels, side, side)]
         self.unusable = Unusable()
-        self.held = []
-        self.shown: list[tuple[np.ndarray, tuple[str, ...]]] = []
-        for shards in sets:
-            rows, places = held_out(shards, VALIDATION // len(sets))
-            self.held.append(places)
-            for row in rows[: VALIDATION // len(sets)]:
-                with contextlib.suppress(ValueError):  # its header could be read, but not all of it
-                    self.shown.append((fit(row.example().image, size), row.captions))
-        if not self.shown:
-            raise ValueError(f"none of the first pictures of {sets[0].name} can be read")
-        self.captions = [captions for _, captions in self.shown]
+        self.held: list[set[tuple[int, ...]]] = []
+        self.seen = self._seen(VALIDATION // len(sets))
+        self.captions = self.seen.captions
         self.streams: dict[str, Stream] = {}
         self.begins: dict[str, Cursor] = {}  # where streams stood when the run was stopped
         self.served: dict[str, Cursor] = {}
@@ -114,24 +108,39 @@ class StreamFeed:
 
     @torch.no_grad()
     def _encode(self, pixels: np.ndarray) -> tuple[Posterior, Tensor]:
-        images = to_unit(torch.from_numpy(pixels)).to(self.device)
+        images = to_unit(torch.from_numpy(pixels.copy())).to(self.device)
         return self.vae.encode(images), images
 
+    def _seen(self, number: int) -> Latents:
+        """The held-out pictures of each set: `number` rows of its first ones, whose places are noted in `held`."""
+        means, logvars, captions = [], [], []
+        for shards in self.sets:
+            rows, places = held_out(shards, number)
+            self.held.append(places)
+            for row in rows[:number]:
+                with contextlib.suppress(ValueError):  # its header could be read, but not all of it
+                    posterior, _ = self._encode(fit(row.example().image, self.size)[None])
+                    means.append(posterior.mean.half().cpu())
+                    logvars.append(posterior.logvar.clamp(min=-30).half().cpu())
+                    captions.append(row.captions)
+        if not captions:
+            raise ValueError(f"none of the first pictures of {self.sets[0].name} can be read")
+        return Latents(torch.cat(means), torch.cat(logvars), captions)
+
     def validation(self, number: int = VALIDATION) -> Latents:
-        """The held-out pictures, which are the first rows of each set."""
-        means, logvars = [], []
-        for pixels, _ in self.shown[:number]:
-            posterior, _ = self._encode(pixels[None])
-            means.append(posterior.mean.half().cpu())
-            logvars.append(posterior.logvar.clamp(min=-30).half().cpu())
-        return Latents(torch.cat(means), torch.cat(logvars), self.captions[:number])
+        """Some of the first pictures of each set, held out."""
+        return self.seen.select(torch.arange(min(number, len(self.captions))))
 
     def state(self) -> dict[str, Any]:
-        """Where the streams of this process stand; `merged_states` joins those of several processes."""
+        """Where the streams stand, of all processes: all of them have to ask."""
+        served: dict[str, list] = {}
+        for name, cursor in self.gather([(name, list(cursor)) for name, cursor in self.served.items()]):
+            served[name] = min(cursor, served.get(name, cursor))  # where several read a stream, the hindmost counts
+        streams = {name: list(cursor) for name, cursor in self.begins.items()} | served
         return {
             "global_batch": self.global_batch,
             "sets": [shards.fingerprint() for shards in self.sets],
-            "streams": {name: list(cursor) for name, cursor in (self.begins | self.served).items()},
+            "streams": streams,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -140,8 +149,11 @@ class StreamFeed:
         Raises ValueError where the sets are others."""
         if state["sets"] != [shards.fingerprint() for shards in self.sets]:
             raise ValueError(
-                "the streamed sets are not those of the checkpoint: give the same --data, or another --output"
+                "--data names other streams than those of the checkpoint: give the same, or another --output"
             )
+        if self.prepared:
+            self.prepared[1].cancel()
+            wait([self.prepared[1]])  # or it would go on reading
         self.global_batch = state["global_batch"]
         self.begins = {name: Cursor(*cursor) for name, cursor in state["streams"].items()}
         self.served, self.streams, self.prepared = {}, {}, None
@@ -156,7 +168,7 @@ class StreamFeed:
             if expected == call:
                 return future.result()
             raise ValueError(
-                f"a stream was read ahead for {expected}, and asked for {call}: keep the order of the calls"
+                f"a stream was read ahead for {expected}, and then asked for {call}: keep the order of the calls"
             )
         return self._decode(call)
 
@@ -191,7 +203,7 @@ class StreamFeed:
                 example = row.example()
             except ValueError as error:
                 if not offset:
-                    self.unusable.count(row.key, str(error))
+                    self.unusable.count(row.key, str(error).removeprefix(f"{row.key}: "))
                 continue
             width, height = example.image.size
             return fit(example.image, self.size), example.captions, framing(width, height, self.size)
@@ -233,16 +245,3 @@ class StreamFeed:
             if name in self.begins:
                 self.streams[name].start(self.begins[name])
         return self.streams[name]
-
-
-def merged_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One state of those of all processes; of a stream that several read, where the hindmost stands."""
-    merged: dict[str, Any] = {}
-    for state in states:
-        if not state:
-            continue
-        streams = merged.setdefault("streams", {})
-        for name, cursor in state["streams"].items():
-            streams[name] = min(cursor, streams.get(name, cursor))
-        merged |= {key: value for key, value in state.items() if key != "streams"}
-    return merged

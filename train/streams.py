@@ -11,7 +11,7 @@ read again.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -41,14 +41,15 @@ class Unusable:
 
     rows: int = 0
     unusable: int = 0
+    named: set[str] = field(default_factory=set)
 
     def count(self, key: str, error: str) -> None:
         """Names an unusable row. Raises ValueError past `MAX_UNUSABLE` of all rows, from the first 1000 on."""
         self.unusable += 1
-        if self.unusable <= 10:
-            print(f"left out {key}: {error}")
-        elif self.unusable == 11:
-            print("… more rows are left out; they are counted")
+        if len(self.named) <= 10 and key not in self.named:
+            self.named.add(key)
+            more = "… more rows are left out; they are counted"
+            print(f"left out {key}: {error}" if len(self.named) <= 10 else more)
         if self.rows >= JUDGED and self.unusable > MAX_UNUSABLE * self.rows:
             raise ValueError(
                 f"{self.unusable} of the first {self.rows} rows cannot be used (at most {MAX_UNUSABLE:.0%} may be), "

@@ -95,9 +95,9 @@ def evaluating(model: Model, device: torch.device) -> Iterator[None]:
 
 
 def check_room(output: Path, checkpoint: Path, keep: int) -> None:
-    """ValueError unless there is room for the checkpoints that stay, as large as this one, and the next."""
+    """ValueError unless there is room for the checkpoints that stay, and the next; this one, as large, is to go."""
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-    free = shutil.disk_usage(output).free
+    free = shutil.disk_usage(output).free + size
     there = len(checkpoints(output))
     if free < size * max(1, keep + 1 - there):
         raise ValueError(

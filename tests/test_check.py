@@ -1,0 +1,150 @@
+"""`atelier data check` and `atelier data cache`: what is found is said, and the exit status says what training does."""
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+import atelier
+from tests.sets import fill, metadata, png, truncate, write_parquet, write_tar
+from train.cache import cache_latents
+from train.check import check
+from train.sources import open_source
+from vae.autoencoder import Identity
+
+pytestmark = pytest.mark.usefixtures("in_process", "own_datasets_cache")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int | str | None:
+    """The exit status of the command."""
+    monkeypatch.setattr("sys.argv", ["atelier", *map(str, words)])
+    try:
+        atelier.main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+@pytest.fixture
+def flawed(tmp_path: Path) -> Path:
+    """Forty pictures: one without a caption, one broken, two copies, some wide ones."""
+    folder = tmp_path / "p"
+    metadata(fill(folder, 40), *({"file_name": f"{i}.png", "text": [f"number {i}", "one"]} for i in range(39)))
+    truncate(folder / "7.png")
+    for i in (12, 13):
+        (folder / f"{i}.png").write_bytes((folder / "11.png").read_bytes())
+    for i in range(20, 26):
+        Image.new("RGB", (160, 80), (i, 0, 0)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_everything_is_said(flawed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    words = ("--size", "64", "--buckets", "--multiple", "8", "--batch", "4", "--workers", "0")
+    assert call(monkeypatch, "data", "check", flawed, *words) == 0
+    out = re.sub(" +", " ", capsys.readouterr().out)
+    for line in (
+        "39 pictures, captions: metadata.jsonl",
+        f"{flawed}/0.png: 8×8",
+        f"{flawed}/9.png: 8×8",
+        f"no caption: {flawed}/39.png",
+        "1 pictures cannot be used:",
+        f"{flawed}/7.png: image file is truncated",
+        "2 pictures are copies of another:",
+        f"{flawed}/12.png = {flawed}/11.png",
+        "8–15 32 ####",
+        "64–127 6 ####",
+        "32 are smaller than 64",
+        "captions: 76, 39 of them different; 38 pictures have several",
+        "0 are longer than the",
+        "80×40 6 ",
+        "training would start",
+    ):
+        assert line in out, line
+    assert "NOT" not in out
+    for i in (15, 16):
+        truncate(flawed / f"{i}.png")
+    assert call(monkeypatch, "data", "check", flawed, "--workers", "0") == 1
+    out = capsys.readouterr().out
+    assert "training would NOT start: 3 of 39 pictures cannot be used, at most 5% may" in out
+    with pytest.raises(ValueError, match=r"3 of 39 pictures cannot be used"):  # as training says
+        cache_latents(open_source(str(flawed), 8), Identity(), 8, flawed / "c", Accelerator(cpu=True), 0)
+
+
+def test_what_cannot_be_opened_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, 3)
+    assert "3 of 3 pictures" in str(call(monkeypatch, "data", "check", tmp_path))
+    assert "does not exist" in str(call(monkeypatch, "data", "check", tmp_path / "nothing"))
+
+
+def test_rows_and_streams_are_checked_alike(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    images: list[bytes] = []
+    for _ in range(30):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (12, 20, 3), dtype=np.uint8)).save(file, "png")
+        images.append(file.getvalue())
+    images[4], images[9] = b"broken", images[8]
+    texts = [None if i == 6 else "a fox " * 40 for i in range(30)]
+    write_parquet(tmp_path / "a.parquet", image=images, text=texts)
+    for streaming in (False, True):
+        assert not check(str(tmp_path / "a.parquet"), size=8, workers=0, streaming=streaming)
+        out = capsys.readouterr().out
+        assert "2 pictures cannot be used" in out
+        assert "row 6" in out
+        assert "1 pictures are copies of another" in out
+        assert "1 are longer than the" in out
+        assert "8–15            29 ####" in out
+        assert "2 of 30 pictures cannot be used" in out
+        assert out.count("20×12, cropped to the middle 12×12, resized to 8") == 3
+    with pytest.raises(ValueError, match="which a stream has not"):
+        check(str(tmp_path), streaming=True, buckets=True)
+    write_tar(tmp_path / "a.tar", ("0.png", png()), ("0.txt", b"red"))
+    assert check(f"{tmp_path / 'a.tar'}+shapes", size=8, workers=0)
+    assert "4,097 pictures" in capsys.readouterr().out
+
+
+def test_latents_are_cached_beforehand(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("--vae", "none", "--size", "16", "--cache", tmp_path / "c", "--workers", "0")
+    assert call(monkeypatch, "data", "cache", picture_folder, *words, "--text-encoder", "bundled") == 0
+    out = capsys.readouterr().out
+    assert "1 of 1 shards to compute, 0 MB to write" in out
+    assert "the captions' states fit into memory" in out
+    cache_latents(open_source(str(picture_folder), 16), Identity(), 16, tmp_path / "c", Accelerator(cpu=True), 0)
+    assert "to compute" not in capsys.readouterr().out
+    assert call(monkeypatch, "data", "cache", picture_folder, *words, "--buckets", "--multiple", "8") == 0
+    out = capsys.readouterr().out
+    assert "16×16         8 ####" in out
+    assert "1 of 1 shards to compute" in out
+    usage = train_disk_usage(monkeypatch, free=100)
+    assert usage in str(call(monkeypatch, "data", "cache", picture_folder, *words[:3], "32", *words[4:]))
+
+
+@pytest.mark.slow
+def test_two_writers_leave_one_whole_cache(picture_folder: Path, tmp_path: Path) -> None:
+    words = ["data", "cache", str(picture_folder), "--vae", "none", "--size", "16", "--workers", "0"]
+    program = Path(sys.executable).with_name("atelier")
+    writers = [subprocess.Popen([program, *words, "--cache", str(tmp_path / "c")]) for _ in range(2)]
+    assert [writer.wait(120) for writer in writers] == [0, 0]
+    assert not list((tmp_path / "c").rglob("*.partial"))
+    source = open_source(str(picture_folder), 16)
+    both = cache_latents(source, Identity(), 16, tmp_path / "c", Accelerator(cpu=True), 0)
+    alone = cache_latents(source, Identity(), 16, tmp_path / "alone", Accelerator(cpu=True), 0)
+    assert both.mean.equal(alone.mean)
+    assert both.captions == alone.captions
+
+
+def train_disk_usage(monkeypatch: pytest.MonkeyPatch, free: int) -> str:
+    """A disk with hardly any room, and what is said of it."""
+    import train.cache
+
+    whole = train.cache.shutil.disk_usage
+    monkeypatch.setattr(train.cache.shutil, "disk_usage", lambda place: whole(place)._replace(free=free))
+    return "has 0 MB free: name another place with --cache, or make room"
