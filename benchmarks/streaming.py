@@ -164,11 +164,13 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
     ):
         axis.plot(rows, [one["ours"][key] for one in found], "o-", label="Atelier's feed")
         axis.plot(rows, [one["datasets"][key] for one in found], "s--", label="datasets alone")
-        axis.set(xscale="log", xlabel="rows in the set", title=title, ylim=(0, None))
+        top = 1.15 * max(one[side][key] for one in found for side in ("ours", "datasets"))
+        axis.set(xscale="log", xlabel="rows in the set", title=title, ylim=(0, top))
     axes[0].legend()
     over = found[-1]["ours"]["megabytes_over_rows"]
     axes[3].plot([n for n, _ in over], [m for _, m in over])
-    axes[3].set(title=f"the same over a pass of {rows[-1]:,} rows", xlabel="rows read", ylim=(0, None))
+    top = 1.15 * max(m for _, m in over)
+    axes[3].set(title=f"the same over a pass of {rows[-1]:,} rows", xlabel="rows read", ylim=(0, top))
     figure.savefig(file, dpi=110)
 
 

@@ -210,7 +210,8 @@ def save_lora(where: str | Path, layers: Mapping[str, Mapping[str, Tensor]], alp
     if not tensors:
         raise ValueError("a LoRA of no layers: expected some of 'unet', 'text_encoder' or 'text_encoder_2'")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt", NOTES: json.dumps(notes, sort_keys=True)})
+    # One entry, without "format": safetensors writes several in any order, and equal runs should end with equal bytes.
+    save_file(tensors, file, metadata={NOTES: json.dumps(notes, sort_keys=True)})
     return file
 
 

@@ -72,7 +72,7 @@ def save_embedding(where: str | Path, token: str, vectors: Tensor | tuple[Tensor
         if value.ndim != 2:
             raise ValueError(f"vectors of {token!r}: got {list(value.shape)}, expected [n, D]")
     file.parent.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt"} if isinstance(vectors, Tensor) else {"format": "pt", "token": token}
+    header = {"format": "pt"} if isinstance(vectors, Tensor) else {"token": token}  # one entry, as of `save_lora`
     save_file({key: value.detach().cpu().contiguous() for key, value in of.items()}, file, metadata=header)
     return file
 

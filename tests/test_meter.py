@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+import train.launch
 from tests.conftest import tiny_model
 from train.launch import Interruption
 from train.meter import Meter, matrix_rate, training_flops
@@ -75,13 +76,15 @@ def test_room_is_asked_for_before_it_is_needed(tmp_path: Path, monkeypatch: pyte
             (tmp_path / f"checkpoint-{i}").rmdir()
 
 
-def test_a_second_signal_ends_at_once_and_handlers_come_back(meter: Meter) -> None:
+def test_a_later_signal_ends_at_once_and_handlers_come_back(meter: Meter, monkeypatch: pytest.MonkeyPatch) -> None:
     before = [signal.getsignal(s) for s in Interruption.SIGNALS]
     with Interruption() as interruption:
         assert not interruption.asked(meter.accelerator)
         signal.raise_signal(signal.SIGTERM)
         assert interruption.asked(meter.accelerator)
         assert interruption.exit_code() == 143
+        signal.raise_signal(signal.SIGINT)  # handed on by a launcher
+        monkeypatch.setattr(train.launch, "PATIENCE", -1.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(s) for s in Interruption.SIGNALS] == before

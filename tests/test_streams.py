@@ -154,6 +154,12 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path, picture_folder: Path
         open_shards(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"memory://nowhere/a.tar cannot be read"):
         list(open_shards("memory://nowhere/a.tar").rows(0, []))
+    with pytest.raises(ValueError, match=r"--template names 'who', but the fields of .*000.tar are text"):
+        open_shards(str(tars(tmp_path, 1, 4)), "a {who}")
+    whole = (parquet(tmp_path / "p", 1, 60) / "000.parquet").read_bytes()
+    (tmp_path / "p" / "001.parquet").write_bytes(whole[:200] + bytes(200) + whole[400:])
+    with pytest.raises(ValueError, match=r"001.parquet cannot be read"):
+        list(open_shards(str(tmp_path / "p")).rows(1, []))
     with pytest.raises(ValueError, match="--buckets needs the sizes"):
         feed(tars(tmp_path, 1, 4), buckets=True)
     with pytest.raises(ValueError, match=r"cannot be streamed|does not exist"):

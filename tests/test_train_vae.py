@@ -246,6 +246,21 @@ def test_fine_tuning_starts_from_an_autoencoder(
     assert load_autoencoder(output).config == before.config
 
 
+def test_a_decoder_alone_leaves_the_latents_as_they_are(
+    trained: tuple[Path, list[dict]], config: Config, tmp_path: Path
+) -> None:
+    before = load_autoencoder(trained[0])
+    output, _ = run(replace(config, init=trained[0], model=TINY, decoder_only=True), tmp_path)
+    after = load_autoencoder(output)
+    images = to_unit(pixels(config)[:4])
+    one, other = before.encode(images), after.encode(images)
+    assert one.mean.equal(other.mean)
+    assert one.logvar.equal(other.logvar)
+    assert (before.decode(one.mean) - after.decode(one.mean)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="--decoder-only keeps the encoder of an autoencoder: name it by --init"):
+        replace(config, decoder_only=True)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

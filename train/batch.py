@@ -22,6 +22,7 @@ class Batch:
 
     x0: Tensor  # [B, C, h, w], samples of the posterior
     captions: list[str]  # one for each picture; "" where it was dropped
+    sizes: Tensor  # [B, 6], original, crop and target, in pixels
     u: Tensor  # [B], uniform numbers that choose the noise levels
     noise: Tensor  # like x0
     weight: Tensor  # [B], of each picture's loss
@@ -70,4 +71,4 @@ def draw_batch(
         unlike = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more]).to(device)
         beside["concat"] = shown_beside(model.vae, taken.pixels, masks, unlike)
     weight = torch.where(taken.parts.to(device) == prior, config.prior_weight, 1.0)
-    return Batch(x0, captions, drawn.u.to(device), noise, weight, beside, options)
+    return Batch(x0, captions, taken.sizes.to(device), drawn.u.to(device), noise, weight, beside, options)

@@ -11,6 +11,7 @@ from torch import nn
 from conditioning.clip import ClipText
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
+from conditioning.pair import ClipTextPair
 from ldm.blocks import ImageAttention, ResnetBlock
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from ldm.transformer import PictureTransformer
@@ -49,9 +50,11 @@ def _build(config: Config, checkpoint: Path | None) -> Model:
             guidance_scale=_or(config.guidance_scale, model.defaults.guidance_scale),
             guidance_interval=config.guidance_interval or model.defaults.guidance_interval,
         )
+        if isinstance(model.conditioner, ClipTextPair):
+            model.conditioner.size = model.size  # what it says where no picture does
         return model
     vae = open_autoencoder(config.vae)
-    conditioner: Labels | Unconditional
+    conditioner: Labels | Unconditional | ClipTextPair
     if config.text_encoder == "labels":
         conditioner = Labels(sorted(first_captions(open_source(config.data, 32, font=config.font))))
     elif config.text_encoder == "none":
@@ -64,7 +67,14 @@ def _build(config: Config, checkpoint: Path | None) -> Model:
     size = config.size or own_size(vae)
     classes = getattr(conditioner, "num_embeddings", None)
     text = tower.config.hidden_size if tower else None
-    unet = fitted(config.unet, vae.latent_channels, size // vae.downscale, classes, text)
+    kind = config.unet
+    if isinstance(conditioner, ClipTextPair) and isinstance(kind, UNetConfig):
+        text, summary = conditioner.widths
+        sizes: dict[str, Any] = {"addition_time_embed_dim": 256}
+        sizes["projection_class_embeddings_input_dim"] = summary + 6 * 256
+        kind = replace(kind, addition_embed_type="text_time", **sizes)
+        conditioner.size = size
+    unet = fitted(kind, vae.latent_channels, size // vae.downscale, classes, text)
     if config.learned_variance:
         unet = replace(unet, out_channels=2 * vae.latent_channels)
     defaults = Defaults(

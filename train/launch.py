@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Self
@@ -39,6 +40,8 @@ def start(
         project_config=ProjectConfiguration(project_dir=str(project_dir)) if project_dir else None,
         step_scheduler_with_optimizer=False,
     )
+    if sharding(accelerator) == "DEEPSPEED":
+        raise ValueError("DeepSpeed is not supported: FSDP shards the same, with train/configs/fsdp.yaml")
     asked = int(environment.get("WORLD_SIZE", 1))
     if asked != accelerator.num_processes:
         raise ValueError(
@@ -60,9 +63,13 @@ def start(
     return accelerator
 
 
+PATIENCE = 5.0  # seconds after a signal in which another one is taken for the same
+
+
 class Interruption:
     """SIGTERM, Ctrl-C, or SIGUSR1 (what a scheduler sends before it takes the machine away): asked for between two
-    updates, so that the run can save and end. A second one ends it at once.
+    updates, so that the run can save and end. One that comes later ends it at once; at first a launcher hands on
+    what the terminal has sent to all of its processes already.
 
     with Interruption() as interruption: … if interruption.asked(accelerator): …
     """
@@ -70,7 +77,7 @@ class Interruption:
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.when = 0, 0.0
 
     def __enter__(self) -> Self:
         self.before: dict[int, Any] = {s: signal.signal(s, self._note) for s in self.SIGNALS}
@@ -81,9 +88,10 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if self.number and time.monotonic() > self.when + PATIENCE:
             raise KeyboardInterrupt
-        self.number = number
+        if not self.number:
+            self.number, self.when = number, time.monotonic()
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether any of the processes was told to end; the same answer in all of them."""

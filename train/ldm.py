@@ -132,7 +132,8 @@ def main(config: Config) -> Path:
             batch = draw_batch(config, feed, update, first, global_batch, device, model=model, prior=prior)
             sigma = levels.sigma(batch.u)
             told = batch.captions if tells(config) else texts(batch.captions)
-            losses = batch.weight * learner(batch.x0, told, sigma, batch.noise, batch.beside, **batch.options)
+            losses = learner(batch.x0, told, batch.sizes, sigma, batch.noise, batch.beside, **batch.options)
+            losses = batch.weight * losses
             loss = losses.mean()
             _refuse_not_finite("loss", loss, update, batch, config)
             accelerator.backward(loss / config.accumulate)

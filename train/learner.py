@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from conditioning.context import Context
+from conditioning.pair import with_sizes
 from pipelines.folder import Model
 
 Loss = Callable[..., Tensor]  # as `ldm.loss.denoising_loss`: [B]
@@ -23,14 +24,23 @@ class Learner(nn.Module):
         self.conditioner = model.conditioner if tells else None
 
     def forward(
-        self, x0: Tensor, told: Context | list[str], sigma: Tensor, noise: Tensor, beside: Context, **options: Any
+        self,
+        x0: Tensor,
+        told: Context | list[str],
+        sizes: Tensor,
+        sigma: Tensor,
+        noise: Tensor,
+        beside: Context,
+        **options: Any,
     ) -> Tensor:
         """The loss of each picture, [B].
 
         Args:
             x0, sigma, noise, options: of the loss.
             told: the context of the captions, or the captions.
+            sizes: of the pictures, [B, 6], for a model that is told of them (`conditioning.pair.with_sizes`).
             beside: what else the network is told.
         """
         context: Any = told if self.conditioner is None else self.conditioner(told)
+        context = with_sizes(context, sizes)
         return self.loss(self.denoiser, x0, context | beside, sigma, noise, **options)

@@ -39,10 +39,13 @@ class Meter:
 
         shape: of its latents, (C, h, w). context: of one picture.
         """
+        training = model.unet.training
         device, precision = self.accelerator.device, self.accelerator.mixed_precision
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         x = torch.zeros(1, model.unet.config.in_channels, *shape[1:], device=device)
+        model.unet.eval()  # one picture has no statistics for a batch norm
         self.flops = training_flops(model.unet, x, torch.zeros(1, device=device), **context)
+        model.unet.train(training)
         self.peak = matrix_rate(device, dtype)
         self.sums.zero_()
         self.began, self.update = time.perf_counter(), update

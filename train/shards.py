@@ -4,10 +4,12 @@ Nothing is copied to the disk, and a file is opened when its turn comes. Remote 
 (fsspec is below it): https://…, s3://…, hf://….
 """
 
+import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from train.captions import Template
 from train.pictures import Row, digest
@@ -28,10 +30,16 @@ class Shards:
     files: list[str]
     template: Template | None = None
     columns: Columns | None = field(init=False, default=None)  # of parquet files
+    table: Any = field(init=False, default=None)  # of parquet files: datasets.IterableDataset, a shard for each
 
     def __post_init__(self) -> None:
         if self.files[0].endswith(".parquet"):
-            self.columns = find_columns(self._table(self.files[0]).features, self.files[0], self.template)
+            self.columns = find_columns(self._table(self.files[:1], None).features, self.files[0], self.template)
+            self.table = self._table(self.files, [self.columns.image, *self.columns.used])
+        elif self.template:
+            with self._opened(self.files[0]) as opened:
+                some = itertools.islice(samples(opened, self.files[0]), 16)
+                self.template.check({name for sample in some for name in sample.fields}, self.files[0])
 
     @property
     def origin(self) -> str:
@@ -46,16 +54,27 @@ class Shards:
         """The rows of a file from `place` on, each with where it begins. Raises ValueError, which names the file."""
         name = self.files[file]
         try:
-            yield from (self._parquet_rows if self.columns else self._tar_rows)(name, place)
-        except ImportError as error:  # of what fsspec needs for this kind of path
-            raise ValueError(f"--data {name!r}: {error} (pip install it)") from None
-        except OSError as error:
+            yield from self._parquet_rows(file, place) if self.columns else self._tar_rows(name, place)
+        except (OSError, ValueError) as error:
+            if name in str(error):
+                raise
             raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
 
-    def _tar_rows(self, name: str, place: Place) -> Iterator[tuple[Row, Place]]:
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[IO[bytes]]:
         from datasets.utils.file_utils import xopen
 
-        with xopen(name, "rb") as opened:
+        try:
+            opened = xopen(name, "rb")
+        except ImportError as error:  # of what fsspec needs for this kind of path
+            raise ValueError(f"--data {name!r}: {error}: install what it names with pip") from None
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
+        with opened:
+            yield opened
+
+    def _tar_rows(self, name: str, place: Place) -> Iterator[tuple[Row, Place]]:
+        with self._opened(name) as opened:
             for sample in samples(opened, name, *place):
                 if sample.picture is None:
                     continue
@@ -64,33 +83,34 @@ class Shards:
                 captions = tar_captions(sample, name, self.template)
                 yield Row(opened.read(length), captions, f"{name}: {sample.key}"), [sample.begin]
 
-    def _parquet_rows(self, name: str, place: Place) -> Iterator[tuple[Row, Place]]:
+    def _parquet_rows(self, file: int, place: Place) -> Iterator[tuple[Row, Place]]:
         assert self.columns
-        table = self._table(name, [self.columns.image, *self.columns.used])
+        groups = self.table.shard(len(self.files), file).reshard().with_format("arrow")
         first, skipped = place or (0, 0)
-        for group in range(first, table.num_shards):
+        for group in range(first, groups.num_shards):
             row = 0
-            for part in table.shard(table.num_shards, group).iter(READ):
+            for part in groups.shard(groups.num_shards, group).iter(READ):
                 if row + len(part) > skipped:
                     for values in part.slice(max(0, skipped - row)).to_pylist():
                         number = max(row, skipped)
-                        yield row_of(values, self.columns, f"{name}: row {number} of group {group}"), [group, number]
+                        key = f"{self.files[file]}: row {number} of group {group}"
+                        yield row_of(values, self.columns, key), [group, number]
                         row, skipped = number + 1, 0
                 else:
                     row += len(part)
             skipped = 0
 
-    def _table(self, name: str, columns: list[str] | None = None) -> Any:
-        """A file as Arrow tables, one shard of it for each of its row groups."""
+    def _table(self, files: list[str], columns: list[str] | None) -> Any:
         import datasets
 
         try:
-            table = datasets.load_dataset(
-                "parquet", data_files=[name], split="train", streaming=True, batch_size=READ, columns=columns
+            return datasets.load_dataset(
+                "parquet", data_files=files, split="train", streaming=True, batch_size=READ, columns=columns
             )
-            return table.reshard().with_format("arrow")
+        except ImportError as error:  # of what fsspec needs for this kind of path
+            raise ValueError(f"--data {self.name!r}: {error}: install what it names with pip") from None
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(f"cannot read {name} as parquet: {error}") from None
+            raise ValueError(f"cannot read {files[0]} as parquet: {error}") from None
 
 
 def open_shards(data: str, template: str = "") -> Shards:

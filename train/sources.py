@@ -7,7 +7,7 @@ whose captions are in metadata.jsonl, else in metadata.csv, else in .txt files b
 else are the names of the class folders; a set of the Hugging Face hub, owner/name or owner/name:split.
 
 Several are joined by "+", each with the number of times that its pictures come in an epoch: "20*mine/+regular/". What
-is read as a stream, remote paths for instance, is in `train.streams`.
+is read as a stream, remote paths for instance, is in `train.shards`.
 """
 
 import bisect

@@ -13,9 +13,11 @@ from torch import Tensor
 from train.cache import Latents
 from train.data import fit, framing, to_unit
 from train.shards import Shards
-from train.streams import STREAMS, Cursor, Stream, Unusable, held_out
+from train.streams import STREAMS, Block, Cursor, Stream, Unusable, held_out
 from train.taken import VALIDATION, Taken
 from vae.autoencoder import Autoencoder, Identity, Posterior
+
+OPENERS = 8  # streams that are read at once, which matters where each has to wait for a network
 
 
 class Call(NamedTuple):
@@ -70,6 +72,7 @@ class StreamFeed:
         self.served: dict[str, Cursor] = {}
         self.global_batch = 0
         self.decoders = ThreadPoolExecutor(max(1, workers))
+        self.openers = ThreadPoolExecutor(OPENERS)
         self.ahead = ThreadPoolExecutor(1)  # one: streams are read in the order of the calls
         self.last: Decoded
         self.prepared: tuple[Call, Future[Decoded]] | None = None
@@ -183,20 +186,25 @@ class StreamFeed:
             self.prepared = (following, self.ahead.submit(self._decode, following))
 
     def _decode(self, call: Call) -> Decoded:
-        rows = [self._where(call, position) for position in range(call.first, call.first + call.size)]
-        cursors: dict[str, Cursor] = {}
-        jobs = []
-        for part, name, item in rows:
-            block = self._stream(part, name, call.global_batch).block_of(item)
-            cursors[name] = block.cursor
-            jobs.append((block.rows, item - block.cursor.item))
-        found = list(self.decoders.map(self._picture, jobs))
-        pixels, captions, sizes = zip(*found, strict=True)
-        return Decoded(np.stack(pixels), list(captions), list(sizes), [part for part, _, _ in rows], cursors)
+        where = [self._where(call, position) for position in range(call.first, call.first + call.size)]
+        items: dict[str, list[int]] = {}  # of each stream, in order; streams stand in the order of the positions
+        for part, name, item in where:
+            self._stream(part, name, call.global_batch)
+            items.setdefault(name, []).append(item)
+        blocks = dict(zip(items, self.openers.map(self._blocks, items, items.values()), strict=True))
+        jobs = [job for name in items for job in blocks[name]]
+        pixels, captions, sizes = zip(*self.decoders.map(self._picture, jobs), strict=True)
+        cursors = {name: some[-1][0].cursor for name, some in blocks.items()}
+        return Decoded(np.stack(pixels), list(captions), list(sizes), [part for part, _, _ in where], cursors)
 
-    def _picture(self, job: tuple[list, int]) -> tuple[np.ndarray, tuple[str, ...], tuple[int, ...]]:
-        """The row at a place of its block; where it is broken, the next one that is not."""
-        rows, place = job
+    def _blocks(self, name: str, items: list[int]) -> list[tuple[Block, int]]:
+        """The block of each row, and its number in the stream."""
+        return [(self.streams[name].block_of(item), item) for item in items]
+
+    def _picture(self, job: tuple[Block, int]) -> tuple[np.ndarray, tuple[str, ...], tuple[int, ...]]:
+        """The row of this number; where it is broken, the next one of its block that is not."""
+        (rows, cursor), item = job
+        place = item - cursor.item
         for offset in range(len(rows)):
             row = rows[(place + offset) % len(rows)]
             try:

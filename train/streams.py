@@ -146,17 +146,21 @@ def held_out(shards: Shards, number: int) -> tuple[list[Row], set[tuple[int, ...
     A set that ends before holds out a twentieth of itself, or, with fewer than 100 rows, none: then the rows are those
     that training sees, and the set of places is empty. Raises ValueError where no row can be decoded.
     """
-    rows: list[First] = []
-    for first in first_rows(shards):
-        rows.append(first)
-        if sum(one.spare for one in rows) == number and len(rows) >= 2 * number:
+    some: list[First] = []
+    spare: list[First] = []
+    total = 0
+    for total, first in enumerate(first_rows(shards), 1):  # noqa: B007, what it is at the end counts
+        if first.spare:
+            spare.append(first)
+        if len(some) < number:
+            some.append(first)
+        if len(spare) == number:
             break
     else:
-        number = len(rows) // 20 if len(rows) >= 100 else 0
-    if not rows:
+        number = total // 20 if total >= 100 else 0
+    if not some:
         raise ValueError(f"{shards.name}: no picture with a caption can be read")
-    held = [one for one in rows if one.spare][:number]
-    return [one.row for one in held or rows], {one.place for one in held}
+    return [one.row for one in spare[:number] or some], {one.place for one in spare[:number]}
 
 
 def first_rows(shards: Shards) -> Iterator[First]:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from conditioning.clip import PREFIX, ClipTextEncoder
+from conditioning.pair import ClipTextPair
 from ldm.unet import UNet
 from pipelines.adapters import NAME, save_lora
 from pipelines.embeddings import NAME as LEARNED
+from pipelines.embeddings import PAIR as PAIR_KEYS
 from pipelines.embeddings import save_embedding
 from pipelines.files import read_tensors, write_json
 from pipelines.folder import Model, save_model
@@ -35,12 +37,15 @@ def make_trainable(model: Model, config: Config, checkpoint: Path | None) -> Non
     if isinstance(model.unet, UNet):
         model.unet.gradient_checkpointing = config.gradient_checkpointing
     if config.token:
-        _add_token(model.conditioner, config, checkpoint)
+        _add_token(model, config, checkpoint)
     elif config.lora_rank:
         _add_adapters(networks, config, checkpoint)
     else:
         for network in networks.values():
             network.requires_grad_(True)
+    if isinstance(model.conditioner, ClipTextPair):
+        for weight in model.conditioner.unused():
+            weight.requires_grad_(False)
     for network in networks.values():
         network.train()
 
@@ -51,11 +56,18 @@ def networks_of(model: Model, config: Config) -> dict[str, nn.Module]:
     if "unet" in config.train and not config.token:
         networks["unet"] = model.unet
     if tells(config):
-        if not isinstance(model.conditioner, ClipTextEncoder):
-            kind = type(model.conditioner).__name__
-            raise ValueError(f"no text encoder can learn here: this model is told by {kind}, not by CLIP")
-        networks["text_encoder"] = model.conditioner.tower
+        networks |= {name: encoder.tower for name, encoder in encoders_of(model).items()}
     return networks
+
+
+def encoders_of(model: Model) -> dict[str, ClipTextEncoder]:
+    """CLIP's text encoders by the names of their folders; ValueError where there is none."""
+    if isinstance(model.conditioner, ClipTextEncoder):
+        return {"text_encoder": model.conditioner}
+    if isinstance(model.conditioner, ClipTextPair):
+        return {"text_encoder": model.conditioner.first, "text_encoder_2": model.conditioner.second}
+    kind = type(model.conditioner).__name__
+    raise ValueError(f"no text encoder can learn here: this model is told by {kind}, not by CLIP")
 
 
 def tells(config: Config) -> bool:
@@ -85,8 +97,9 @@ def learning(model: Model, config: Config) -> dict[str, nn.Parameter]:
 def save_trained(model: Model, config: Config, folder: Path) -> None:
     """What a checkpoint shows: the model, or what was added to it."""
     if config.token:
-        tower: Any = networks_of(model, config)["text_encoder"]
-        save_embedding(folder, config.token, tower.embeddings["token_embedding"].vectors)
+        tables: list[Any] = [e.tower.embeddings["token_embedding"] for e in encoders_of(model).values()]
+        learned = tuple(table.vectors for table in tables)
+        save_embedding(folder, config.token, learned if len(learned) > 1 else learned[0])
         write_json(folder / "atelier.json", {"base": config.model, "data": config.data})
         return
     if not config.lora_rank:
@@ -105,8 +118,13 @@ def unsharded(model: Model) -> Model:
     changed: dict[str, Any] = {}
     if _sharded(model.unet):
         changed["unet"] = _copied(model.unet)
-    if isinstance(model.conditioner, ClipTextEncoder) and _sharded(model.conditioner.tower):
-        changed["conditioner"] = ClipTextEncoder(_copied(model.conditioner.tower), model.conditioner.clip_tokenizer)
+    told = model.conditioner
+    if isinstance(told, ClipTextEncoder) and _sharded(told):
+        changed["conditioner"] = _rebuilt(told)
+    elif isinstance(told, ClipTextPair) and _sharded(told):
+        pair = ClipTextPair(_rebuilt(told.first), _rebuilt(told.second), zero_null=told.zero_null)
+        pair.size = told.size
+        changed["conditioner"] = pair
     return replace(model, **changed) if changed else model
 
 
@@ -126,25 +144,33 @@ class NewRows(nn.Module):
         return found
 
 
-def _add_token(encoder: Any, config: Config, checkpoint: Path | None) -> None:
-    table = encoder.tower.embeddings["token_embedding"].weight.detach()
-    if checkpoint:
-        vectors = read_tensors(checkpoint / LEARNED)[0][config.token]
-    elif config.token_from:
-        known = encoder.clip_tokenizer.encode(config.token_from)
-        if not known:
-            raise ValueError(f"--token-from {config.token_from!r} says nothing: expected a known word")
-        vectors = table[[known[i % len(known)] for i in range(config.token_vectors)]].clone()
-    else:
-        draw = torch.Generator().manual_seed(config.seed)
-        spread = torch.randn(config.token_vectors, table.shape[1], generator=draw)
-        vectors = table.mean(0) + table.std(0) * spread.to(table)
-    rows = encoder.add_tokens({config.token: vectors})
-    encoder.tower.embeddings["token_embedding"] = NewRows(encoder.tower.embeddings["token_embedding"], rows)
+def _add_token(model: Model, config: Config, checkpoint: Path | None) -> None:
+    """Teaches every text encoder the word: as the checkpoint has it, else as --token-from, else as anything."""
+    saved = read_tensors(checkpoint / LEARNED)[0] if checkpoint else {}
+    for number, encoder in enumerate(encoders_of(model).values()):
+        tower: Any = encoder.tower
+        table = tower.embeddings["token_embedding"].weight.detach()
+        if saved:
+            vectors = saved[config.token] if config.token in saved else saved[PAIR_KEYS[number]]
+        elif config.token_from:
+            known = encoder.clip_tokenizer.encode(config.token_from)
+            if not known:
+                raise ValueError(f"--token-from {config.token_from!r} says nothing: expected a known word")
+            vectors = table[[known[i % len(known)] for i in range(config.token_vectors)]].clone()
+        else:
+            draw = torch.Generator().manual_seed(config.seed)
+            spread = torch.randn(config.token_vectors, table.shape[1], generator=draw)
+            vectors = table.mean(0) + table.std(0) * spread.to(table)
+        rows = encoder.add_tokens({config.token: vectors})
+        tower.embeddings["token_embedding"] = NewRows(tower.embeddings["token_embedding"], rows)
 
 
 def _sharded(network: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in network.parameters())
+
+
+def _rebuilt(encoder: ClipTextEncoder) -> ClipTextEncoder:
+    return ClipTextEncoder(_copied(encoder.tower), encoder.clip_tokenizer)
 
 
 def _copied(network: Any) -> Any:
@@ -173,7 +199,7 @@ def _add_adapters(networks: dict[str, nn.Module], config: Config, checkpoint: Pa
             torch.manual_seed(config.seed)
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=found[part]), network)
         if saved is not None:
-            prefix = f"{part}.{PREFIX}" if part == "text_encoder" else f"{part}."
+            prefix = f"{part}." if part == "unet" else f"{part}.{PREFIX}"
             mine = {name.removeprefix(prefix): t for name, t in saved.items() if name.startswith(prefix)}
             set_peft_model_state_dict(network, mine)
 

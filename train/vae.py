@@ -70,6 +70,7 @@ class Config:
     data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms" or "pictograms:all"
     output: Path = Path("runs/vae")  # checkpoints, sample grids and logs
     init: Path | None = None  # an autoencoder's folder to fine-tune, instead of `model` from nothing
+    decoder_only: bool = False  # of --init: the latents stay as they are, and so does every model in them
     model: AutoencoderConfig = TINY  # the network to train from nothing
     size: int = 64  # side of the pictures in pixels
     crop: int = 64  # side of the random squares that are trained on
@@ -94,6 +95,8 @@ class Config:
         for name in ("updates", "batch_size", "crop", "size", "views", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+        if self.decoder_only and not self.init:
+            raise ValueError("--decoder-only keeps the encoder of an autoencoder: name it by --init")
         if self.crop > self.size:
             raise ValueError(f"--crop {self.crop} is larger than --size {self.size}")
         if self.loss.adversarial and self.crop < 24:
@@ -221,12 +224,12 @@ def paint_samples(vae: Autoencoder, size: int, device: torch.device) -> list[Ima
 
 
 def save(vae: Autoencoder, config: Config, update: int, pixels: Tensor, shown: Tensor, state: dict) -> float:
-    """Writes a checkpoint, whose latents are normalised, and a sheet: pictures beside their reconstructions, then,
-    where the bound is trained on, samples. Returns the reconstructions' PSNR."""
+    """Writes a checkpoint, whose latents are normalised unless the decoder alone has learnt, and a sheet: pictures
+    beside their reconstructions, then, where the bound is trained on, samples. Returns the reconstructions' PSNR."""
     device = next(vae.parameters()).device
     some = permutation(len(pixels), config.seed, -1)[:1024]
     samples = paint_samples(vae.eval(), config.size, device) if config.loss.elbo else []
-    finished = normalise_latents(vae, pixels[some], device)
+    finished = vae if config.decoder_only else normalise_latents(vae, pixels[some], device)
     output, psnr = reconstruct(finished, shown, device)
     save_checkpoint(config.output, update, lambda folder: save_network(finished, folder), state, config)
     rows = [tile for pair in zip(shown[:32].numpy(), map(to_pil, output[:32]), strict=True) for tile in pair]
@@ -257,12 +260,16 @@ def main(config: Config) -> Path:
         raise ValueError(
             f"--size {config.size}, --crop {config.crop}: expected multiples of {vae.downscale}, the network's factor"
         )
-    if vae.quant_conv is None or vae.post_quant_conv is None:
+    if config.decoder_only:
+        for part in (vae.encoder, vae.quant_conv):
+            if part is not None:
+                part.requires_grad_(False)
+    elif vae.quant_conv is None or vae.post_quant_conv is None:
         raise ValueError("set use_quant_conv and use_post_quant_conv: the latents' statistics are folded into them")
     layout = memory_format(accelerator)
     vae = vae.to(accelerator.device).to(memory_format=layout)
-    parameters = sum(p.numel() for p in vae.parameters())
-    accelerator.print(f"autoencoder: {parameters / 1e6:.2f} M parameters, {config.updates} updates")
+    parameters = sum(p.numel() for p in vae.parameters() if p.requires_grad)
+    accelerator.print(f"autoencoder: {parameters / 1e6:.2f} M weights learn, {config.updates} updates")
     ema = EMA(vae, config.ema_decay)
     optimizer = Muon(vae, lr=config.learning_rate, dtype=matrix_type(accelerator))
     judge = PatchDiscriminator(width=config.discriminator_width).to(accelerator.device)
