@@ -3,7 +3,7 @@
 The same folder of a model (that of the design: a U-Net of 11.5 M parameters on 16×16×4 latents, a CLIP text encoder of
 4 layers, a KL-f8 autoencoder of 3.4 M), the same pictures, batch, precision, optimizer (AdamW), gradient clipping and
 EMA, and as many threads. The other side is what that example does, with diffusers' and transformers' own modules: each
-step decodes the pictures, encodes them and their captions, draws noise for DDPMScheduler and takes the mean square error.
+step decodes the pictures, encodes them and their captions, draws noise for DDPMScheduler and takes the square error.
 Ours is `train/ldm.py` itself: from its cache of latents and contexts, in one process and in one of a thread for each
 core; and from a stream, of which no latents are kept.
 
@@ -220,7 +220,7 @@ def main(config: Config) -> None:
         print(line)
     cached = found["ours, cached"]
     print(
-        f"the cache took {cached[0]['caching']:.1f} s for 256 pictures, and {cached[-1]['caching']:.1f} s once it was there"
+        f"the cache of 256 pictures took {cached[0]['caching']:.1f} s, {cached[-1]['caching']:.1f} s once it was there"
     )
     print(f"matrix-product rate {statistics.median(r['matrix_rate'] for r in cached) / 1e9:.0f} GFLOP/s")
     if config.out:

@@ -56,3 +56,33 @@ def write_tar(file: Path, *members: tuple[str, bytes]) -> Path:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return file
+
+
+def numbered(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def tars(folder: Path, files: int, rows: int, first: int = 0) -> Path:
+    for f in range(files):
+        members = []
+        for i in range(first + f * rows, first + (f + 1) * rows):
+            members += [(f"{i:05d}.png", numbered(i)), (f"{i:05d}.txt", f"number {i}".encode())]
+        write_tar(folder / f"{f:03d}.tar", *members)
+    return folder
+
+
+def parquet(folder: Path, files: int, rows: int, group: int = 7) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(parents=True, exist_ok=True)
+    for f in range(files):
+        numbers = range(f * rows, (f + 1) * rows)
+        table = pa.table(
+            {
+                "image": [{"bytes": numbered(i), "path": None} for i in numbers],
+                "text": [[f"number {i}", f"no. {i}"] for i in numbers],
+            }
+        )
+        pq.write_table(table, folder / f"{f:03d}.parquet", row_group_size=group)
+    return folder

@@ -1,5 +1,6 @@
 """What is computed once: the autoencoder's latents, kept apart by all they depend on."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from accelerate import Accelerator
 from PIL import Image
 
 import train.cache
+import train.hashes
 from tests.conftest import tiny_model
 from train.cache import cache_latents
 from train.data import fit, to_unit
+from train.hashes import FileHashes
 from train.sources import open_source
 from vae.autoencoder import Autoencoder, Identity
 
@@ -99,6 +102,31 @@ def test_caches_are_kept_apart_by_all_they_depend_on(
     lines = (picture_folder / "metadata.jsonl").read_text()
     (picture_folder / "metadata.jsonl").write_text(lines.replace("a red", "a pink"))
     assert cache().captions[0] == ("a pink square",)  # captions lie in the cache, too
+
+
+def test_files_are_hashed_anew_only_when_they_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / name for name in "abc"]
+    for file in files:
+        file.write_text(file.name)
+        os.utime(file, (1e9, 1e9))
+    first = FileHashes(tmp_path / "cache").of(files)
+    assert first == FileHashes().of(files)
+    read: list[str] = []
+    whole = train.hashes.file_hash
+    monkeypatch.setattr(train.hashes, "file_hash", lambda file: read.append(file.name) or whole(file))
+    assert FileHashes(tmp_path / "cache").of(files) == first
+    assert not read
+    files[1].write_text("B")  # as long as before
+    second = FileHashes(tmp_path / "cache").of(files)
+    assert read == ["b"]
+    assert [old == new for old, new in zip(first, second, strict=True)] == [True, False, True]
+    files[1].write_text("C")  # which may change again before the clock does: what is new is read each time
+    assert FileHashes(tmp_path / "cache").of(files) != second
+    assert read == ["b"] * 2
+    FileHashes(tmp_path / "cache").of(files)
+    assert read == ["b"] * 3
+    (tmp_path / "cache" / "hashes.json").write_text("{broken")
+    assert FileHashes(tmp_path / "cache").of(files) == FileHashes().of(files)
 
 
 def test_a_killed_caching_goes_on(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.sets import tars
 from tests.test_launch import ACCELERATE, ROOT, free_port, run
-from tests.test_streams import tars
 
 SCRIPT = """
 import json, sys

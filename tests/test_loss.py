@@ -16,6 +16,7 @@ from ldm.loss import (
     WEIGHTS,
     X0,
     ContinuousELBO,
+    Debiased,
     DiscreteELBO,
     EDMWeight,
     LogitNormal,
@@ -257,7 +258,7 @@ def test_names_choose_noises_and_weights():
     assert training_noise("log_normal", VP, mean=-0.1, std=1.3) == LogNormal(-0.1, 1.3, VP)
     assert training_noise("logit_normal", FLOW, std=0.7) == LogitNormal(0.0, 0.7, FLOW)
     denoiser = Denoiser(Network(), VP, "v")
-    kinds = {"plain": Plain, "min_snr": MinSNR, "edm": EDMWeight, "x0": X0, "elbo": DiscreteELBO}
+    kinds = {"plain": Plain, "min_snr": MinSNR, "debiased": Debiased, "edm": EDMWeight, "x0": X0, "elbo": DiscreteELBO}
     assert set(kinds) == set(WEIGHTS)
     for name, kind in kinds.items():
         assert isinstance(training_weight(name, denoiser, UniformTime(VP)), kind)
@@ -283,7 +284,7 @@ def test_bad_choices_say_what_there_is():
         training_noise("uniform", VP, mean=0.0, std=1.0)
     with pytest.raises(ValueError, match="std of the training noise should be above 0"):
         training_noise("log_normal", VP, std=0.0)
-    with pytest.raises(ValueError, match=r"one of plain, min_snr, edm, x0, elbo; got 'p2'"):
+    with pytest.raises(ValueError, match=r"one of plain, min_snr, debiased, edm, x0, elbo; got 'p2'"):
         training_weight("p2", denoiser, UniformTime(VP))
     with pytest.raises(ValueError, match=r"predicts the mean learns by the weight elbo.*got plain"):
         training_weight("plain", Denoiser(nn.Identity(), VP, "mean"), UniformTime(VP))

@@ -1,6 +1,5 @@
 """Streams: every row once an epoch, the same for any number of processes, and exact to go on from."""
 
-import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 import train.streams
 from tests.conftest import tiny_model
-from tests.sets import png, write_parquet, write_tar
+from tests.sets import numbered, parquet, png, tars, write_parquet, write_tar
 from train.feed import open_feed
 from train.shards import open_shards
 from train.streamed import StreamFeed
@@ -20,36 +18,6 @@ from train.streams import Cursor, Stream, Unusable, held_out
 from vae.autoencoder import Identity
 
 pytestmark = pytest.mark.usefixtures("in_process", "own_datasets_cache")
-
-
-def picture(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(file, "png")
-    return file.getvalue()
-
-
-def tars(folder: Path, files: int, rows: int, first: int = 0) -> Path:
-    for f in range(files):
-        members = []
-        for i in range(first + f * rows, first + (f + 1) * rows):
-            members += [(f"{i:05d}.png", picture(i)), (f"{i:05d}.txt", f"number {i}".encode())]
-        write_tar(folder / f"{f:03d}.tar", *members)
-    return folder
-
-
-def parquet(folder: Path, files: int, rows: int, group: int = 7) -> Path:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    folder.mkdir(parents=True, exist_ok=True)
-    for f in range(files):
-        numbers = range(f * rows, (f + 1) * rows)
-        table = pa.table(
-            {
-                "image": [{"bytes": picture(i), "path": None} for i in numbers],
-                "text": [[f"number {i}", f"no. {i}"] for i in numbers],
-            }
-        )
-        pq.write_table(table, folder / f"{f:03d}.parquet", row_group_size=group)
-    return folder
 
 
 def feed(data: str | Path, **settings) -> StreamFeed:
@@ -77,93 +45,6 @@ def given(one: Stream, count: int, first: int = 0) -> list[str]:
         block = one.block_of(item)
         found.append(block.rows[item - block.cursor.item].captions[0])
     return found
-
-
-# Files
-
-
-@pytest.mark.parametrize("make", [tars, parquet])
-def test_rows_can_be_read_from_any_of_them_on(tmp_path: Path, make) -> None:
-    shards = open_shards(str(make(tmp_path, 2, 30)))
-    for file in range(2):
-        every = list(shards.rows(file, []))
-        assert [row.captions[0] for row, _ in every] == [f"number {i}" for i in range(30 * file, 30 * file + 30)]
-        assert every[3][0].example().image.getpixel((0, 0))[0] == 30 * file + 3
-        for i in (0, 6, 7, 20, 29):
-            place = json.loads(json.dumps(every[i][1]))
-            assert list(shards.rows(file, place)) == every[i:]
-
-
-def test_parquet_rows_are_those_of_datasets(tmp_path: Path) -> None:
-    import datasets
-
-    parquet(tmp_path, 1, 20)
-    theirs = datasets.load_dataset("parquet", data_files=[str(tmp_path / "000.parquet")], split="train")
-    ours = [row for row, _ in open_shards(str(tmp_path)).rows(0, [])]
-    assert [list(row.captions) for row in ours] == theirs["text"]
-    assert open_shards(str(tmp_path), template="<{text}>").rows(0, []).__next__()[0].captions == (
-        "<number 0>",
-        "<no. 0>",
-    )
-
-
-def test_remote_paths(tmp_path: Path) -> None:
-    """In fsspec's own remote file system, that of the memory: a file, a pattern, a folder, in both kinds of files."""
-    remote = pytest.importorskip("fsspec").filesystem("memory")
-    tars(tmp_path / "t", 3, 10)
-    parquet(tmp_path / "p", 2, 10)
-    for kind in "tp":
-        for file in sorted((tmp_path / kind).iterdir()):
-            remote.pipe(f"/bucket/{kind}/{file.name}", file.read_bytes())
-    for data, files in (
-        ("memory://bucket/t/001.tar", 1),
-        ("memory://bucket/t/{000..002}.tar", 3),
-        ("memory://bucket/t", 3),
-        ("memory://bucket/p/", 2),
-    ):
-        shards = open_shards(data)
-        assert len(shards.files) == files
-        kind, first = ("p", 0) if "/p" in data else ("t", 10 if files == 1 else 0)
-        rows = [row for row, _ in shards.rows(0, [])]
-        assert [row.captions[0] for row in rows] == [f"number {i}" for i in range(first, first + 10)]
-        assert rows[0].example().image.getpixel((0, 0))[0] == first
-    fed = feed("memory://bucket/t", streaming=False)  # which a remote path is by itself
-    assert sorted(numbers(fed.take(0, 0, 8, 8))) != []
-
-
-def test_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` with the network replaced by a folder."""
-    import datasets
-
-    parquet(tmp_path / "data", 2, 5)
-    (tmp_path / "data" / "000.parquet").rename(tmp_path / "data" / "train-000.parquet")
-    (tmp_path / "data" / "001.parquet").rename(tmp_path / "data" / "test-000.parquet")
-    load = datasets.load_dataset_builder
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: load(str(tmp_path)))
-    for data, first in (("someone/numbers", 0), ("someone/numbers:test", 5)):
-        (row, _), *_ = open_shards(data).rows(0, [])
-        assert row.captions[0] == f"number {first}"
-    with pytest.raises(ValueError, match=r"its splits are train, test: name one as someone/numbers:SPLIT"):
-        open_shards("someone/numbers:validation")
-
-
-def test_what_cannot_be_streamed_is_refused(tmp_path: Path, picture_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot be streamed: expected .parquet files or .tar files"):
-        open_shards(str(picture_folder))
-    with pytest.raises(ValueError, match="does not exist"):
-        open_shards(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"memory://nowhere/a.tar cannot be read"):
-        list(open_shards("memory://nowhere/a.tar").rows(0, []))
-    with pytest.raises(ValueError, match=r"--template names 'who', but the fields of .*000.tar are text"):
-        open_shards(str(tars(tmp_path, 1, 4)), "a {who}")
-    whole = (parquet(tmp_path / "p", 1, 60) / "000.parquet").read_bytes()
-    (tmp_path / "p" / "001.parquet").write_bytes(whole[:200] + bytes(200) + whole[400:])
-    with pytest.raises(ValueError, match=r"001.parquet cannot be read"):
-        list(open_shards(str(tmp_path / "p")).rows(1, []))
-    with pytest.raises(ValueError, match="--buckets needs the sizes"):
-        feed(tars(tmp_path, 1, 4), buckets=True)
-    with pytest.raises(ValueError, match=r"cannot be streamed|does not exist"):
-        feed(f"{tmp_path}+shapes")
 
 
 # One stream
@@ -210,7 +91,7 @@ def counted(rows, read: list[int]):
 
 def test_blocks_hold_a_share_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tars(tmp_path, 1, 40)
-    size = len(picture(0))
+    size = len(numbered(0))
     monkeypatch.setattr(train.streams, "BLOCK_BYTES", 10 * size)
     block = stream(tmp_path).block_of(0)
     assert 10 <= len(block.rows) <= 12
@@ -346,7 +227,7 @@ def test_what_is_unusable_is_named_and_counted(
 ) -> None:
     members = []
     for i in range(100):
-        members += [(f"{i:05d}.png", picture(i) if i != 33 else b"broken")]
+        members += [(f"{i:05d}.png", numbered(i) if i != 33 else b"broken")]
         members += [(f"{i:05d}.txt", f"number {i}".encode() if i != 44 else b"")]
     write_tar(tmp_path / "a.tar", *members)
     fed = feed(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipelines.files import newest, read_weights
-from tests.test_streams import parquet, tars
+from tests.sets import parquet, tars
 from train.ldm import main
 from train.settings import Config
 

@@ -56,7 +56,9 @@ def _build(config: Config, checkpoint: Path | None) -> Model:
     vae = open_autoencoder(config.vae)
     conditioner: Labels | Unconditional | ClipTextPair
     if config.text_encoder == "labels":
-        conditioner = Labels(sorted(first_captions(open_source(config.data, 32, font=config.font))))
+        conditioner = Labels(
+            sorted(first_captions(open_source(config.data, 32, font=config.font, template=config.template)))
+        )
     elif config.text_encoder == "none":
         conditioner = Unconditional()
     else:

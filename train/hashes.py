@@ -37,7 +37,8 @@ class FileHashes:
         if self.file and changed:
             from train.data import written_aside
 
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(self.file) as partial:
-                partial.write_text(json.dumps(self.known))
+            with contextlib.suppress(OSError):  # then the next start reads the files again
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with written_aside(self.file) as partial:
+                    partial.write_text(json.dumps(self.known))
         return found

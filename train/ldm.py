@@ -98,10 +98,11 @@ def main(config: Config) -> Path:
         else Texts(model.conditioner, every, device, cache=config.cache, accelerator=accelerator)
     )
     prompts = sample_prompts(config, model, validation)
-    if isinstance(feed, CachedFeed) and not model.inpaints:  # till samples are painted, its memory is free
-        model.vae.to("cpu")
-    if isinstance(texts, Texts) and not texts.encodes and not config.shuffle_tags:
-        model.conditioner.to("cpu")
+    if isinstance(feed, CachedFeed):  # till samples are painted, what is not needed leaves its memory free
+        if not model.inpaints:
+            model.vae.to("cpu")
+        if isinstance(texts, Texts) and not texts.encodes and not config.shuffle_tags:
+            model.conditioner.to("cpu")
 
     # The loss, and what follows its gradient.
     levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)

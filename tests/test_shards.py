@@ -1,0 +1,96 @@
+"""Files that are read from one end to the other: parquet and tars, local and remote, and sets of the hub."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.sets import parquet, tars
+from tests.test_streams import feed, numbers
+from train.shards import open_shards
+
+pytestmark = pytest.mark.usefixtures("in_process", "own_datasets_cache")
+
+
+@pytest.mark.parametrize("make", [tars, parquet])
+def test_rows_can_be_read_from_any_of_them_on(tmp_path: Path, make) -> None:
+    shards = open_shards(str(make(tmp_path, 2, 30)))
+    for file in range(2):
+        every = list(shards.rows(file, []))
+        assert [row.captions[0] for row, _ in every] == [f"number {i}" for i in range(30 * file, 30 * file + 30)]
+        assert every[3][0].example().image.getpixel((0, 0))[0] == 30 * file + 3
+        for i in (0, 6, 7, 20, 29):
+            place = json.loads(json.dumps(every[i][1]))
+            assert list(shards.rows(file, place)) == every[i:]
+
+
+def test_parquet_rows_are_those_of_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    parquet(tmp_path, 1, 20)
+    theirs = datasets.load_dataset("parquet", data_files=[str(tmp_path / "000.parquet")], split="train")
+    ours = [row for row, _ in open_shards(str(tmp_path)).rows(0, [])]
+    assert [list(row.captions) for row in ours] == theirs["text"]
+    assert open_shards(str(tmp_path), template="<{text}>").rows(0, []).__next__()[0].captions == (
+        "<number 0>",
+        "<no. 0>",
+    )
+
+
+def test_remote_paths(tmp_path: Path) -> None:
+    """In fsspec's own remote file system, that of the memory: a file, a pattern, a folder, in both kinds of files."""
+    remote = pytest.importorskip("fsspec").filesystem("memory")
+    tars(tmp_path / "t", 3, 10)
+    parquet(tmp_path / "p", 2, 10)
+    for kind in "tp":
+        for file in sorted((tmp_path / kind).iterdir()):
+            remote.pipe(f"/bucket/{kind}/{file.name}", file.read_bytes())
+    for data, files in (
+        ("memory://bucket/t/001.tar", 1),
+        ("memory://bucket/t/{000..002}.tar", 3),
+        ("memory://bucket/t", 3),
+        ("memory://bucket/p/", 2),
+    ):
+        shards = open_shards(data)
+        assert len(shards.files) == files
+        kind, first = ("p", 0) if "/p" in data else ("t", 10 if files == 1 else 0)
+        rows = [row for row, _ in shards.rows(0, [])]
+        assert [row.captions[0] for row in rows] == [f"number {i}" for i in range(first, first + 10)]
+        assert rows[0].example().image.getpixel((0, 0))[0] == first
+    fed = feed("memory://bucket/t", streaming=False)  # which a remote path is by itself
+    assert sorted(numbers(fed.take(0, 0, 8, 8))) != []
+
+
+def test_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` with the network replaced by a folder."""
+    import datasets
+
+    parquet(tmp_path / "data", 2, 5)
+    (tmp_path / "data" / "000.parquet").rename(tmp_path / "data" / "train-000.parquet")
+    (tmp_path / "data" / "001.parquet").rename(tmp_path / "data" / "test-000.parquet")
+    load = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: load(str(tmp_path)))
+    for data, first in (("someone/numbers", 0), ("someone/numbers:test", 5)):
+        (row, _), *_ = open_shards(data).rows(0, [])
+        assert row.captions[0] == f"number {first}"
+    with pytest.raises(ValueError, match=r"its splits are train, test: name one as someone/numbers:SPLIT"):
+        open_shards("someone/numbers:validation")
+
+
+def test_what_cannot_be_streamed_is_refused(tmp_path: Path, picture_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be streamed: expected .parquet files or .tar files"):
+        open_shards(str(picture_folder))
+    with pytest.raises(ValueError, match="does not exist"):
+        open_shards(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"memory://nowhere/a.tar cannot be read"):
+        list(open_shards("memory://nowhere/a.tar").rows(0, []))
+    with pytest.raises(ValueError, match=r"--template names 'who', but the fields of .*000.tar are text"):
+        open_shards(str(tars(tmp_path, 1, 4)), "a {who}")
+    whole = (parquet(tmp_path / "p", 1, 60) / "000.parquet").read_bytes()
+    (tmp_path / "p" / "001.parquet").write_bytes(whole[:200] + bytes(200) + whole[400:])
+    with pytest.raises(ValueError, match=r"001.parquet cannot be read"):
+        list(open_shards(str(tmp_path / "p")).rows(1, []))
+    with pytest.raises(ValueError, match="--buckets needs the sizes"):
+        feed(tars(tmp_path, 1, 4), buckets=True)
+    with pytest.raises(ValueError, match=r"cannot be streamed|does not exist"):
+        feed(f"{tmp_path}+shapes")
