@@ -7,6 +7,7 @@ step decodes the pictures, encodes them and their captions, draws noise for DDPM
 Ours is `train/ldm.py` itself: from its cache of latents and contexts, in one process and in one of a thread for each
 core; and from a stream, of which no latents are kept.
 
+On a CPU `accelerate launch` gives the example one thread (it sets OMP_NUM_THREADS=1): it is measured with one as well.
 Each side is a process of its own, and they take turns. Rates are medians of the later half of the updates.
 """
 
@@ -189,6 +190,9 @@ def main(config: Config) -> None:
     from benchmarks.pipeline import random_peer
 
     found: dict[str, list[dict]] = {"diffusers' example": [], "ours, cached": [], "ours, streamed": []}
+    launched = "the example, 1 thread"  # which is what `accelerate launch` gives a process on CPUs
+    if not torch.cuda.is_available():
+        found[launched] = []
     several = f"ours, cached, {config.threads} processes"
     if config.threads > 1 and config.batch % config.threads == 0 and not torch.cuda.is_available():
         found[several] = []
@@ -203,7 +207,9 @@ def main(config: Config) -> None:
                 own = {"output": str(folder / f"{side} {turn}"), "stream": side.endswith("streamed")}
                 own["data"] = str(folder / ("pictures.parquet" if own["stream"] else "pictures"))
                 script = OURS if side.startswith("ours") else THEIRS
-                if side == several:
+                if side == launched:
+                    results.append(run(script, job | own | {"threads": 1}, 1))
+                elif side == several:
                     own["batch"] = config.batch // config.threads
                     results.append(run(script, job | own, 1, config.threads))
                 else:
