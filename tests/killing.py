@@ -6,7 +6,6 @@ A program, so that it can fork: its children need not import anything again, and
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LEARNS = re.compile(rb"[1-9]\d*/\d+ \[")  # the progress bar, after the first update
 
 
 def run_killed(
@@ -24,8 +22,8 @@ def run_killed(
 ) -> dict[str, Any]:
     """Trains by `train.ldm.main(Config(**settings))` until a run ends by itself.
 
-    kills: how often SIGKILL comes, each at a moment between the start and the end of a run. signals: sent instead, one
-    a run, after its first update. Returns {"codes": [[exit codes of the processes of a run], …], "seconds": […]}.
+    kills: how often SIGKILL comes, each at a moment between the start and the end of a run. signals: one a run instead,
+    which the last of its processes gets in its midst. Returns {"codes": [[exit codes of the processes of a run], …], "seconds": […]}.
     """
     job = json.dumps({"settings": settings, "processes": processes, "kills": kills, "signals": signals}, default=str)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -47,6 +45,15 @@ def _train(settings: dict[str, Any]) -> None:
     torch.set_num_threads = lambda threads: None
     if settings.pop("sharded", False):
         _shard()
+    told, at = settings.pop("tell", None), settings.pop("at", 0)
+    rate = train.ldm.learning_rate
+
+    def telling(update: int, **kwargs: Any) -> float:
+        if told and update == at and os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
+            os.kill(os.getpid(), getattr(signal, told))
+        return rate(update, **kwargs)
+
+    train.ldm.learning_rate = telling
     unet = UNetConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings["unet"].items()})
     paths = {key: Path(settings[key]) for key in ("output", "cache")}
     prompts = {"prompts": tuple(settings["prompts"])}
@@ -133,16 +140,13 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     plan = [("SIGKILL", random.uniform(0, length)) for _ in range(job["kills"])] + [(s, None) for s in job["signals"]]
     for name, moment in [*plan, (None, None)]:
         began = time.perf_counter()
-        log.touch()
-        said = log.stat().st_size
-        children = _start(settings, processes, log)
+        tell = {"tell": name, "at": 2 + 3 * len(codes)} if name in job["signals"] else {}
+        children = _start(settings | tell, processes, log)
         if name:
             while moment is not None and time.perf_counter() - began < moment:
                 time.sleep(0.001)
-            while moment is None and not LEARNS.search(log.read_bytes()[said:]):
-                time.sleep(0.01)
-            for child in children:
-                os.kill(child, getattr(signal, name))
+            for child in children if name == "SIGKILL" else []:
+                os.kill(child, signal.SIGKILL)
         codes.append(_wait(children))
         seconds.append(time.perf_counter() - began)
     if any(codes[-1]):

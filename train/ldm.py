@@ -189,7 +189,8 @@ def main(config: Config) -> Path:
         look(min(len(validation.captions), config.batch_size), prompts[:1], place / "samples.png", steps=2)
     finally:
         if accelerator.is_main_process:
-            shutil.rmtree(place, ignore_errors=True)
+            for left in (place, *config.output.glob(".checkpoint-*.partial")):  # the second: of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
     meter.measure(model, feed.shapes[0], texts([""]), update)
     accelerator.init_trackers("ldm")
     count = sum(weight.numel() for weight in weights.values())

@@ -164,7 +164,8 @@ def save_checkpoint(
     """
     final = output / f"checkpoint-{update:07d}"
     partial = output / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    for left in output.glob(".checkpoint-*.partial"):  # of a run that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     try:
         (partial / "training").mkdir(parents=True)
         write(partial)
@@ -187,7 +188,10 @@ def save_checkpoint(
     partial.rename(final)
     _sync(output)
     for old in checkpoints(output)[:-keep]:
-        shutil.rmtree(old)
+        gone = old.with_name(f".{old.name}.partial")  # killed while it goes, it is no checkpoint any more
+        shutil.rmtree(gone, ignore_errors=True)
+        old.rename(gone)
+        shutil.rmtree(gone)
     return final
 
 

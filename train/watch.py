@@ -17,7 +17,7 @@ from pipelines.files import checkpoints
 from pipelines.folder import Model
 from pipelines.text_to_image import TextToImagePipeline
 from train.cache import Latents
-from train.data import generator, permutation
+from train.data import generator, permutation, written_aside
 from train.grid import grid
 from train.inpainting import nothing_known
 from train.settings import Config
@@ -77,7 +77,8 @@ def paint_grid(
     images = pipe(prompts, steps=steps, seed=0, **call).images
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        grid(images, prompts, columns=4).save(file)
+        with written_aside(file) as partial:  # there or not: a run that goes on looks whether it is
+            grid(images, prompts, columns=4).save(partial, format="PNG")
 
 
 @contextmanager
