@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,8 @@ def run_killed(
     """Trains by `train.ldm.main(Config(**settings))` until a run ends by itself.
 
     kills: how often SIGKILL comes, each at a moment between the start and the end of a run. signals: one a run instead,
-    which the last of its processes gets in its midst. Returns {"codes": [[exit codes of the processes of a run], …], "seconds": […]}.
+    which the last of its processes gets in its midst. Returns {"codes": [[exit codes of the processes of a run], …],
+    "seconds": […]}.
     """
     job = json.dumps({"settings": settings, "processes": processes, "kills": kills, "signals": signals}, default=str)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -64,6 +66,7 @@ def _shard() -> None:
     """PyTorch's own FSDP in `Accelerator.prepare`, which has none for processors, as it is prepared on GPUs."""
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -83,6 +86,7 @@ def _shard() -> None:
 
     Accelerator.prepare = prepare
     train.launch.sharding = lambda accelerator: "FSDP"
+    AcceleratorState.fsdp_plugin = SimpleNamespace()
 
 
 def _start(settings: dict[str, Any], processes: int, log: Path) -> list[int]:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 import train.ldm
 import train.trained
 import train.watch
+from ldm.pixel_unet import PixelUNetConfig
 from tests.training import Killed, kill_at, paint, state, weights
 from train.batch import draw_batch
 from train.data import batch_indices
@@ -197,3 +198,22 @@ def test_gradients_that_are_no_numbers_reach_no_checkpoint(
         main(replace(pixels, output=tmp_path, updates=6, checkpoint_every=2))
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000002"]
     assert all(w.isfinite().all() for w in weights(tmp_path).values())
+
+
+def test_running_statistics_are_taken_up_as_well(
+    pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of batch norms: neither a rehearsal nor a second one leaves a trace in them."""
+    unet = PixelUNetConfig(block_out_channels=(8, 16), layers_per_block=(1, 1), attention_heads=(0, 2))
+    config = replace(pixels, text_encoder="none", unet=unet, updates=4, checkpoint_every=2, prompts=())
+    whole = main(replace(config, output=tmp_path / "whole"))
+    kill_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        main(replace(config, output=tmp_path / "killed"))
+    monkeypatch.undo()
+    again = main(replace(config, output=tmp_path / "killed"))
+    moved = [name for name in weights(whole) if "running_mean" in name]
+    assert moved
+    assert all(weight.equal(weights(again)[name]) for name, weight in weights(whole).items())
+    counts = {int(n) for name, n in weights(whole).items() if "num_batches_tracked" in name}
+    assert counts == {4}  # not five: the rehearsal's does not count

@@ -40,6 +40,18 @@ def test_settings_that_are_left_open() -> None:
         ({"size": -8}, "--size is -8"),
         ({"size": 0}, "--size is 0"),
         ({"caption_dropout": 1.0}, "--caption-dropout is 1.0: expected a share"),
+        ({"lora_rank": 4}, "--lora-rank adds to a model that can paint already: name it by --model"),
+        ({"lora_alpha": 0}, "--lora-alpha is 0"),
+        ({"model": "x", "token": "<a>", "lora_rank": 4}, "--token learns a word and nothing else"),
+        ({"model": "x", "token": "<a>", "train": ("text_encoder",)}, "leave out --lora-rank and --train"),
+        ({"model": "x", "inpainting": True, "lora_rank": 4}, "--inpainting teaches the whole U-Net"),
+        ({"model": "x", "prior": "a dog", "streaming": True}, "--prior wants pictures with captions of their own"),
+        ({"prior_pictures": 0}, "--prior-pictures is 0"),
+        ({"train": ()}, "expected unet, text_encoder or both"),
+        ({"learned_variance": True, "huber": 0.1}, "a loss of its own: leave out --huber"),
+        ({"clip": 0.0}, "--clip 0.0"),
+        ({"ema_decay": 1.5}, "--ema-decay 1.5"),
+        ({"huber": -1.0}, "--huber is -1.0: expected at least 0"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:

@@ -138,8 +138,8 @@ def open_cache(
 
     sides: (width, height) of each picture, for aspect-ratio buckets; without them every picture is a square of `size`.
 
-    Raises ValueError when more pictures than `train.sources.MAX_UNUSABLE` of a part are broken or without a caption, or
-    when the disk has no room for what is to be written.
+    Raises ValueError when more pictures than `train.pictures.MAX_UNUSABLE` of a part are broken or without a caption,
+    or when the disk has no room for what is to be written.
     """
     weights, hashes = weights_digest(vae), FileHashes(folder)
     parts, jobs, begin = [], [], 0

@@ -1,15 +1,19 @@
 """How every training script starts: as many processes as asked for, all the cores, or a sentence on what is wrong."""
 
+import ctypes
 import os
 import signal
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
@@ -34,12 +38,17 @@ def start(
             "the launcher was asked for several processes and started one. For several processes on the CPU, type: "
             + TWO_CPU_PROCESSES
         )
+    _end_with_the_launcher()
     accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENT)],
         mixed_precision=mixed_precision,
         log_with=log_with,
         project_config=ProjectConfiguration(project_dir=str(project_dir)) if project_dir else None,
         step_scheduler_with_optimizer=False,
     )
+    if sharding(accelerator) == "FSDP":
+        # Without it accelerate would have even noise levels rounded to bfloat16; autocast rounds where it may be.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if sharding(accelerator) == "DEEPSPEED":
         raise ValueError("DeepSpeed is not supported: FSDP shards the same, with train/configs/fsdp.yaml")
     asked = int(environment.get("WORLD_SIZE", 1))
@@ -63,6 +72,7 @@ def start(
     return accelerator
 
 
+PATIENT = timedelta(hours=3)  # that processes wait for one that paints, or encodes what others have encoded already
 PATIENCE = 5.0  # seconds after a signal in which another one is taken for the same
 
 
@@ -103,6 +113,13 @@ class Interruption:
     def exit_code(self) -> int:
         """As a shell has it for a program that a signal ended."""
         return 128 + self.number
+
+
+def _end_with_the_launcher() -> None:
+    """`accelerate launch` of one process hands no signal on: when it is told to end, so is this process (Linux)."""
+    environment = os.environ
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def sharding(accelerator: Accelerator) -> str:

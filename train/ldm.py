@@ -8,6 +8,7 @@ several see the same batches.
 
 import shutil
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from train.batch import Batch, draw_batch
 from train.build import build, optimizer_for
 from train.config import parse
 from train.feed import CachedFeed, open_feed
-from train.launch import Interruption, memory_format, start
+from train.launch import Interruption, memory_format, sharding, start
 from train.learner import Learner
 from train.meter import Meter
 from train.presets import PRESETS, check_model_settings, preset_for
@@ -32,8 +33,17 @@ from train.prior import with_prior
 from train.settings import Config, settled
 from train.sources import split_parts
 from train.state import EMA, Carried, clamp_warmup, learning_rate, resume, save_checkpoint
-from train.texts import Texts
-from train.trained import check_token, learning, make_trainable, save_trained, tells, unsharded
+from train.texts import Texts, longest
+from train.trained import (
+    check_token,
+    learning,
+    make_trainable,
+    refuse_shards,
+    save_trained,
+    statistics,
+    tells,
+    unsharded,
+)
 from train.watch import check_room, evaluating, paint_grid, sample_prompts, validate
 
 LOG_EVERY = 25  # updates
@@ -47,6 +57,10 @@ MAY_CHANGE = (
     "updates",
     "batch_size",
     "accumulate",
+    "mixed_precision",
+    "gradient_checkpointing",
+    "compile",
+    "clip",
 )
 
 
@@ -67,6 +81,8 @@ def main(config: Config) -> Path:
         part.to(device)
     model.unet.to(memory_format=memory_format(accelerator))
     model.vae.to(memory_format=memory_format(accelerator))
+    if sharding(accelerator):
+        refuse_shards(model, config)
     make_trainable(model, config, found and found[0])
 
     # The data: latents, and the context of every caption.
@@ -109,7 +125,8 @@ def main(config: Config) -> Path:
     floor, gamma = config.min_snr_floor, config.min_snr_gamma
     weight = training_weight(config.weight, model.denoiser, levels, gamma=gamma, floor=floor)
     loss_of = HybridLoss(model.denoiser) if model.learned_variance else partial(denoising_loss, huber=config.huber)
-    learner = Learner(model, partial(loss_of, weight=weight), tells(config))
+    windows = longest(model.conditioner, every) if tells(config) else 1
+    learner = Learner(model, partial(loss_of, weight=weight), tells(config), windows)
     optimizer = optimizer_for(learner, config, accelerator)
     if config.compile:
         model.denoiser.network = torch.compile(model.unet)  # type: ignore[assignment]
@@ -117,13 +134,14 @@ def main(config: Config) -> Path:
     weights = learning(model, config)  # after FSDP has put its own in their place
     ema = EMA(weights.values(), config.ema_decay)  # they are the average still, if a checkpoint was opened
     meter = Meter(accelerator)
-    carried = Carried(weights, optimizer, accelerator.scaler, {"feed": feed, "meter": meter})
+    carried = Carried({**weights, **statistics(model)}, optimizer, accelerator.scaler, {"feed": feed, "meter": meter})
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
     update, stop = 0, False
     if found:
         carried.load(found[1])
         update = found[1]["update"]
         accelerator.print(f"going on from {found[0]}")
+    resumed, found = bool(found), None  # its memory is large
 
     def learn() -> tuple[float, float]:
         """One update: the loss on this process, and the norm of the gradient."""
@@ -133,11 +151,14 @@ def main(config: Config) -> Path:
             batch = draw_batch(config, feed, update, first, global_batch, device, model=model, prior=prior)
             sigma = levels.sigma(batch.u)
             told = batch.captions if tells(config) else texts(batch.captions)
-            losses = learner(batch.x0, told, batch.sizes, sigma, batch.noise, batch.beside, **batch.options)
+            with accelerator.autocast():
+                losses = learner(batch.x0, told, batch.sizes, sigma, batch.noise, batch.beside, **batch.options)
             losses = batch.weight * losses
             loss = losses.mean()
             _refuse_not_finite("loss", loss, update, batch, config)
-            accelerator.backward(loss / config.accumulate)
+            last = micro == config.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(learner):
+                accelerator.backward(loss / config.accumulate)
             meter.add(sigma, losses)
             total += loss.detach() / config.accumulate
         norm = accelerator.clip_grad_norm_(weights.values(), config.clip)
@@ -186,17 +207,18 @@ def main(config: Config) -> Path:
             model.conditioner(prompts)
         if saved := save(place):
             check_room(config.output, saved, config.keep)
-        look(min(len(validation.captions), config.batch_size), prompts[:1], place / "samples.png", steps=2)
+        look(min(len(validation.captions), config.batch_size), prompts, place / "samples.png", steps=2)
     finally:
         if accelerator.is_main_process:
             for left in (place, *config.output.glob(".checkpoint-*.partial")):  # the second: of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
+    del before
     meter.measure(model, feed.shapes[0], texts([""]), update)
     accelerator.init_trackers("ldm")
     count = sum(weight.numel() for weight in weights.values())
     accelerator.print(f"{count:,} weights learn; {config.updates} updates of {global_batch}")
 
-    if found and due() and not sheet().is_file():  # killed between a checkpoint and its samples
+    if resumed and due() and not sheet().is_file():  # killed between a checkpoint and its samples
         look(len(validation.captions), prompts, sheet())
     bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
     with Interruption() as interruption:
@@ -218,12 +240,14 @@ def main(config: Config) -> Path:
                 accelerator.log(numbers, update)
                 bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
             stop = interruption.asked(accelerator)
-            if stop or due():
-                save(config.output)
-            if stop:
-                break
-            if due():
-                look(len(validation.captions), prompts, sheet())
+            with meter.paused():
+                if stop or due():
+                    save(config.output)
+                if stop:
+                    accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
+                    break
+                if due():
+                    look(len(validation.captions), prompts, sheet())
     bar.close()
     accelerator.end_training()
     if stop:
@@ -249,3 +273,8 @@ if __name__ == "__main__":
         main(parse(Config, PRESETS, default=preset_for(sys.argv)))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: {error}\nTake a smaller --batch-size with a larger --accumulate, --gradient-checkpointing, "
+            "--mixed-precision bf16, or a smaller --size"
+        )

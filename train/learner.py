@@ -15,13 +15,15 @@ Loss = Callable[..., Tensor]  # as `ldm.loss.denoising_loss`: [B]
 class Learner(nn.Module):
     """A model's loss as a module: everything that learns is called through it.
 
-    tells: the text encoder learns as well, so captions come in and not their context.
+    tells: the text encoder learns as well, so captions come in and not their context. windows: that the longest of all
+    captions needs, for then every batch has as many.
     """
 
-    def __init__(self, model: Model, loss: Loss, tells: bool):
+    def __init__(self, model: Model, loss: Loss, tells: bool, windows: int = 1):
         super().__init__()
         self.denoiser, self.loss = model.denoiser, loss
-        self.conditioner = model.conditioner if tells else None
+        self.conditioner: Any = model.conditioner if tells else None
+        self.windows = windows
 
     def forward(
         self,
@@ -41,6 +43,9 @@ class Learner(nn.Module):
             sizes: of the pictures, [B, 6], for a model that is told of them (`conditioning.pair.with_sizes`).
             beside: what else the network is told.
         """
-        context: Any = told if self.conditioner is None else self.conditioner(told)
+        context: Any = told
+        if self.conditioner is not None:
+            chunks = max(self.windows, self.conditioner.chunks(context))
+            context = self.conditioner(context, chunks=chunks)
         context = with_sizes(context, sizes)
         return self.loss(self.denoiser, x0, context | beside, sigma, noise, **options)

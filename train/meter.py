@@ -6,7 +6,8 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,13 @@ class Meter:
         self.sums.zero_()
         self.began, self.update = time.perf_counter(), update
         return numbers
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, no time passes: for what is no training."""
+        before = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - before
 
     def state(self) -> dict[str, Any]:
         return {"last": list(self.last), "spikes": self.spikes}

@@ -6,11 +6,11 @@ They are painted by the model itself before it is trained, and are then half of 
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from pipelines.files import checkpoints
 from pipelines.folder import Model
 from pipelines.text_to_image import TextToImagePipeline
 from train.settings import Config
-from train.sources import open_source, parts_of
-from train.state import checkpoints
+from train.sources import open_source, parts_of, split_parts
 
 BATCH = 8  # pictures painted at once
 
@@ -31,12 +31,18 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
         folder.mkdir(parents=True, exist_ok=True)
         pipe = TextToImagePipeline(model)
         pipe.set_progress_bar_config(disable=True)
-        for start in tqdm(range(missing[0], len(files), BATCH), desc=f"painting {config.prior!r}", unit="batch"):
+        for start in tqdm(
+            range(missing[0] // BATCH * BATCH, len(files), BATCH), desc=f"painting {config.prior!r}", unit="batch"
+        ):
             count = min(BATCH, len(files) - start)
             call = {"seed": config.seed + start, "num_images_per_prompt": count, "height": size, "width": size}
             for file, image in zip(files[start:], pipe(config.prior, **call).images, strict=False):
                 image.save(file)
                 file.with_suffix(".txt").write_text(config.prior)  # written last: says that the picture is whole
     accelerator.wait_for_everyone()
-    own = sum(len(part) * repeats for part, repeats in parts_of(open_source(config.data, size, font=config.font)))
-    return f"{config.data}+{own / len(files):.9f}*{folder}"
+    source = open_source(config.data, size, font=config.font, views=config.views)
+    own = sum(len(part) * repeats for part, repeats in parts_of(source))
+    data = f"{config.data}+{own / len(files):.9f}*{folder}"
+    if len(split_parts(data)) != len(parts_of(source)) + 1:
+        raise ValueError(f"--data {config.data!r}, --output {str(config.output)!r}: with --prior no name may hold a +")
+    return data

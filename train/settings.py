@@ -99,6 +99,8 @@ class Config:
             "steps",
             "views",
             "token_vectors",
+            "prior_pictures",
+            "lora_alpha",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
@@ -114,8 +116,20 @@ class Config:
                 raise ValueError(
                     f"--{name.replace('_', '-')} adds to a model that can paint already: name it by --model"
                 )
-        if self.token and self.lora_rank:
-            raise ValueError("--token learns a word and nothing else: leave out --lora-rank")
+        if self.token and (self.lora_rank or self.train != ("unet",)):
+            raise ValueError("--token learns a word and nothing else: leave out --lora-rank and --train")
+        if self.inpainting and (self.token or self.lora_rank or "unet" not in self.train):
+            raise ValueError(
+                "--inpainting teaches the whole U-Net: leave out --token, --lora-rank, and --train of others"
+            )
+        if self.prior and (self.template or self.streaming):
+            raise ValueError(
+                "--prior wants pictures with captions of their own here: leave out --template, --streaming"
+            )
+        if not self.clip > 0 or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"--clip {self.clip}, --ema-decay {self.ema_decay}: expected above 0, and from 0 to below 1"
+            )
         if self.learned_variance and (self.huber or self.perturbation):
             raise ValueError("--learned-variance has a loss of its own: leave out --huber and --perturbation")
         if self.gradient_checkpointing and isinstance(self.unet, PixelUNetConfig):

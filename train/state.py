@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,14 +50,14 @@ class Resumable(Protocol):
 class Carried:
     """What goes from one update to the next, but for the average, which a checkpoint's model folder has."""
 
-    weights: dict[str, nn.Parameter]  # that learn
+    weights: Mapping[str, Tensor]  # that learn, and statistics
     optimizer: torch.optim.Optimizer
     scaler: Any  # of fp16, or None
     others: dict[str, Resumable]
 
     def state(self) -> dict[str, Any]:
         """Copies, in which sharded tensors are whole; all processes have to ask."""
-        state = {"weights": whole(self.weights), "optimizer": whole(self.optimizer.state_dict())}
+        state = {"weights": whole(dict(self.weights)), "optimizer": whole(self.optimizer.state_dict())}
         state["scaler"] = self.scaler.state_dict() if self.scaler else None
         return state | {name: other.state() for name, other in self.others.items()}
 
@@ -177,10 +177,10 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         if not _is_full(error):
             raise
-        left = checkpoints(output)
+        kept = checkpoints(output.parent if output.name.startswith(".") else output)  # of a rehearsal: the run's
         raise ValueError(
             f"the disk of {output} is full: the checkpoint of update {update} is not written, "
-            + (f"{left[-1].name} is whole. " if left else "and there is none before it. ")
+            + (f"{kept[-1].name} is whole. " if kept else "and there is none before it. ")
             + "Make room and type the same command again"
         ) from error
     if final.exists():

@@ -21,10 +21,16 @@ TABLE_BYTES = 10**9  # up to which the states of all captions are kept in memory
 BATCH = 256  # captions encoded at once
 
 
+def longest(conditioner: Conditioner, captions: Sequence[tuple[str, ...]]) -> int:
+    """How many windows of the encoder the longest of these captions needs; 1 where there are no windows."""
+    chunks = getattr(conditioner, "chunks", None)
+    return chunks(sorted({caption for group in captions for caption in group} | {""})) if chunks else 1
+
+
 class Texts:
     """Captions to context rows: all encoded once, into memory or, where they do not fit, into files; or as they come,
-    where one of them needs more than one window of the encoder (each batch then has as many windows as its longest
-    caption needs) or there is no place for files. Captions that were not foreseen, as shuffled tags are, are encoded
+    where one of them needs more than one window of the encoder (all batches then have as many as the longest caption
+    needs) or there is no place for files. Captions that were not foreseen, as shuffled tags are, are encoded
     as they come, too."""
 
     def __init__(
@@ -40,8 +46,7 @@ class Texts:
         self.conditioner, self.device = conditioner, device
         distinct = sorted({caption for group in captions for caption in group} | {""})
         bytes_ = sum(value.numel() * value.element_size() for value in flat(conditioner([""])).values()) * len(distinct)
-        chunks = getattr(conditioner, "chunks", None)
-        windows = 1 if chunks is None else chunks(distinct)
+        self.windows = windows = longest(conditioner, captions)
         self.row = {caption: i for i, caption in enumerate(distinct)}
         self.table: dict[str, Tensor] | None = None  # states of all captions, in memory
         self.files: list[dict[str, Tensor]] | None = None  # or mapped from files of `SHARD` captions
@@ -92,11 +97,17 @@ class Texts:
         return mapped
 
     @torch.no_grad()
+    def _windows(self, captions: Sequence[str]) -> dict[str, int]:
+        """As many windows for every batch, because the empty ones count: no batch may show how it was divided."""
+        chunks = getattr(self.conditioner, "chunks", None)
+        return {"chunks": max(self.windows, chunks(list(captions)))} if chunks else {}
+
     def __call__(self, captions: Sequence[str]) -> Context:
         """The context of these captions; the empty one is the null."""
         rows = [self.row.get(caption) for caption in captions]
         if self.encodes or None in rows:
-            return nested({name: v.to(self.device) for name, v in flat(self.conditioner(list(captions))).items()})
+            told = self.conditioner(list(captions), **self._windows(captions))
+            return nested({name: v.to(self.device) for name, v in flat(told).items()})
         places = [row for row in rows if row is not None]
         if self.table is not None:
             chosen = torch.tensor(places)

@@ -84,6 +84,20 @@ def check_token(config: Config, captions: list[tuple[str, ...]]) -> None:
         )
 
 
+def refuse_shards(model: Model, config: Config) -> None:
+    """ValueError for what can't be trained in shards (FSDP): all but a whole text U-Net."""
+    if config.lora_rank or tells(config) or not isinstance(model.unet, UNet):
+        raise ValueError(
+            "FSDP is for training a whole text U-Net: adapters, words, text encoders and the U-Net for small pictures "
+            "take --config_file train/configs/gpus.yaml"
+        )
+
+
+def statistics(model: Model) -> dict[str, Tensor]:
+    """What training changes beside weights: the running statistics of batch norms."""
+    return {f"unet.{name}": buffer for name, buffer in model.unet.named_buffers()}
+
+
 def learning(model: Model, config: Config) -> dict[str, nn.Parameter]:
     """The weights that learn, by the names of their networks: "unet.conv_in.weight", "text_encoder.…"."""
     return {

@@ -1,4 +1,4 @@
-"""What a person watches while a model trains: errors by noise level, painted prompts, and a rehearsal before it all."""
+"""What a person watches while a model trains: errors by noise level and painted prompts."""
 
 import shutil
 from collections.abc import Callable, Iterator
