@@ -80,3 +80,19 @@ def test_a_run_killed_at_random_ends_with_the_same_bytes(settings: dict, tmp_pat
     told = run_killed(job, processes=processes, signals=names)
     assert told["codes"][:-1] == [[128 + getattr(signal, name)] * processes for name in names]
     same(tmp_path / "whole", tmp_path / "told")
+
+
+@pytest.mark.slow
+def test_accumulated_steps_of_two_processes_are_one_batch(settings: dict, tmp_path: Path) -> None:
+    short = settings | {"updates": 3, "optimizer": "adamw", "clip": 1e9, "cache": tmp_path / "cache"}
+    run_killed(short | {"output": tmp_path / "one", "batch_size": 16, "accumulate": 1})
+    run_killed(short | {"output": tmp_path / "two", "batch_size": 4, "accumulate": 2}, processes=2)
+    run_killed(short | {"output": tmp_path / "other", "batch_size": 16, "accumulate": 1, "seed": 1})
+
+    def moments(run: str) -> torch.Tensor:
+        """The mean gradient of the updates, in essence."""
+        return torch.cat([s["exp_avg"].flatten() for s in state(tmp_path / run)["optimizer"]["state"].values()])
+
+    one, two, other = map(moments, ("one", "two", "other"))
+    torch.testing.assert_close(two, one, atol=1e-4 * float(one.abs().max()), rtol=1e-3)
+    assert (other - one).abs().max() > 0.05 * one.abs().max()

@@ -59,10 +59,15 @@ def test_fewer_processes_than_asked_for_are_refused() -> None:
 
 def test_what_the_launcher_and_the_environment_say_is_taken() -> None:
     start = "from train.launch import start; start()"
+    if sys.platform == "linux":
+        start += "; import ctypes; n = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(n))"  # PR_GET_PDEATHSIG
+        start += "; print(f'ended by signal {n.value}')"
     for precision, wished, threads in (("bf16", "3", 3), ("no", "1", CORES)):
         environment = {"ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": wished, "ACCELERATE_USE_CPU": "true"}
         result = run(sys.executable, "-c", start, cwd=ROOT, **environment)
         assert f"on cpu, {threads} thread(s) each, mixed precision: {precision}" in result.stdout, result.stderr
+        if sys.platform == "linux":
+            assert "ended by signal 15" in result.stdout  # when the launcher ends, which hands no signal on
 
 
 @pytest.mark.slow

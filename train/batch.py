@@ -56,7 +56,10 @@ def draw_batch(
         captions.append("" if chance[1] < config.caption_dropout else chosen)
     posterior_noise, noise = drawn.normal.to(device)
     x0 = taken.mean + (taken.logvar / 2).exp() * posterior_noise
-    more = [generator(config.seed, update, position, 1) for position in range(first, first + config.batch_size)]
+    inpaints = model is not None and model.inpaints
+    more = []  # further draws of each position, where there are any
+    if config.offset_noise or config.perturbation or inpaints:
+        more = [generator(config.seed, update, position, 1) for position in range(first, first + config.batch_size)]
     if config.offset_noise:  # N. Guttenberg, "Diffusion with offset noise" (2023)
         offset = torch.stack([torch.randn(len(x0[0]), 1, 1, generator=draw) for draw in more])
         noise = noise + config.offset_noise * offset.to(noise)
@@ -65,7 +68,8 @@ def draw_batch(
         unseen = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more])
         options["seen"] = noise + config.perturbation * unseen.to(noise)
     beside = {}
-    if model is not None and model.inpaints:
+    if inpaints:
+        assert model is not None
         assert taken.pixels is not None
         masks = torch.stack([draw_mask(draw, *taken.pixels.shape[2:]) for draw in more]).to(device)
         unlike = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more]).to(device)

@@ -151,13 +151,13 @@ def main(config: Config) -> Path:
             batch = draw_batch(config, feed, update, first, global_batch, device, model=model, prior=prior)
             sigma = levels.sigma(batch.u)
             told = batch.captions if tells(config) else texts(batch.captions)
-            with accelerator.autocast():
-                losses = learner(batch.x0, told, batch.sizes, sigma, batch.noise, batch.beside, **batch.options)
-            losses = batch.weight * losses
-            loss = losses.mean()
-            _refuse_not_finite("loss", loss, update, batch, config)
-            last = micro == config.accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(learner):
+            # Processes meet in the last step alone; which it is, they have to know before the forward pass.
+            with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(learner):
+                with accelerator.autocast():
+                    losses = learner(batch.x0, told, batch.sizes, sigma, batch.noise, batch.beside, **batch.options)
+                losses = batch.weight * losses
+                loss = losses.mean()
+                _refuse_not_finite("loss", loss, update, batch, config)
                 accelerator.backward(loss / config.accumulate)
             meter.add(sigma, losses)
             total += loss.detach() / config.accumulate
