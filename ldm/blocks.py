@@ -274,7 +274,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor |
             mask = F.pad(mask, (0, -keys % 8)).expand(-1, heads, q.shape[1], -1)[..., :keys]
         return memory_efficient_attention(q, k, v, attn_bias=mask).flatten(2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, N, d]
+    if _slow_backward(q, k):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        shares = (scores.float() if mask is None else scores.float() + mask).softmax(-1)
+        return (shares.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def _slow_backward(q: Tensor, k: Tensor) -> bool:
+    """Where PyTorch's own attention is slower than its formula: backward in half precision on a CPU, with few tokens.
+
+    Without it the bundled U-Net trains 1.7 times as fast. With more tokens PyTorch's is the faster.
+    """
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or q.shape[2] * k.shape[2] > 2**15:
+        return False
+    return q.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
 
 
 class ImageAttention(AttentionLayer):

@@ -319,3 +319,22 @@ def test_memory_format_is_kept():
     output = ours(sample.to(memory_format=torch.channels_last), timestep, **context)
     assert output.is_contiguous(memory_format=torch.channels_last)
     close(output, expected)
+
+
+def test_attention_learns_the_same_in_half_precision() -> None:
+    """By the formula written out, where that is faster, as by PyTorch's own function in float64."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 12, generator=draw).requires_grad_() for n in (5, 7, 7))
+    mask = torch.zeros(2, 1, 1, 7)
+    mask[1, ..., 4:] = -1e4
+    for given in (None, mask):
+        with torch.autocast("cpu", torch.bfloat16):
+            halves = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 3, given, "sdpa")
+        assert halves.dtype == torch.bfloat16
+        split = [x.double().unflatten(2, (3, -1)).transpose(1, 2) for x in (q, k, v)]
+        exact = nn.functional.scaled_dot_product_attention(*split, attn_mask=None if given is None else given.double())
+        exact = exact.transpose(1, 2).flatten(2)
+        close(halves.double(), exact, 2e-2)
+        slopes = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (halves.double(), exact)]
+        for mine, true in zip(*slopes, strict=True):
+            close(mine, true, 0.1)
