@@ -47,6 +47,8 @@ def _train(settings: dict[str, Any]) -> None:
     torch.set_num_threads = lambda threads: None
     if settings.pop("sharded", False):
         _shard()
+    if stage := settings.pop("zero", 0):
+        _share_out(stage)
     told, at = settings.pop("tell", None), settings.pop("at", 0)
     rate = train.ldm.learning_rate
 
@@ -87,6 +89,29 @@ def _shard() -> None:
     Accelerator.prepare = prepare
     train.launch.sharding = lambda accelerator: "FSDP"
     AcceleratorState.fsdp_plugin = SimpleNamespace()
+
+
+def _share_out(stage: int) -> None:
+    """DeepSpeed on processors: Accelerate, which has it for GPUs alone, is told that it was started for it."""
+    import torch
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    begin = Accelerator.__init__
+
+    def init(accelerator: Accelerator, **kwargs: Any) -> None:
+        begin(accelerator, **kwargs)
+        plugin = DeepSpeedPlugin(zero_stage=stage)
+        plugin.set_mixed_precision("no")
+        AcceleratorState._shared_state["deepspeed_plugins"] = plugin
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+        plugin.select(_from_accelerator_state=True)
+        accelerator.deepspeed_engine_wrapped = None
+
+    Accelerator.__init__ = init
+    Accelerator.device = torch.device("cpu")  # "cpu:0" would be another device, to which weights are copied
 
 
 def _start(settings: dict[str, Any], processes: int, log: Path) -> list[int]:

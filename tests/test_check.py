@@ -4,18 +4,23 @@ import io
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
 import atelier
+import train.streams
 from tests.sets import fill, metadata, png, truncate, write_parquet, write_tar
 from train.cache import cache_latents
 from train.check import check
+from train.shards import open_shards
 from train.sources import open_source
+from train.streamed import StreamFeed
 from vae.autoencoder import Identity
 
 pytestmark = pytest.mark.usefixtures("in_process", "own_datasets_cache")
@@ -71,7 +76,7 @@ def test_everything_is_said(flawed: Path, monkeypatch: pytest.MonkeyPatch, capsy
         truncate(flawed / f"{i}.png")
     assert call(monkeypatch, "data", "check", flawed, "--workers", "0") == 1
     out = capsys.readouterr().out
-    assert "training would NOT start: 3 of 39 pictures cannot be used, at most 5% may" in out
+    assert "training would NOT start: 3 of 39 pictures cannot be used (at most 5% may be), for instance" in out
     with pytest.raises(ValueError, match=r"3 of 39 pictures cannot be used"):  # as training says
         cache_latents(open_source(str(flawed), 8), Identity(), 8, flawed / "c", Accelerator(cpu=True), 0)
 
@@ -100,13 +105,55 @@ def test_rows_and_streams_are_checked_alike(tmp_path: Path, capsys: pytest.Captu
         assert "1 pictures are copies of another" in out
         assert "1 are longer than the" in out
         assert "8–15            29 ####" in out
-        assert "2 of 30 pictures cannot be used" in out
+        assert f"NOT {'get through' if streaming else 'start'}: 2 of 30 pictures cannot be used" in out
         assert out.count("20×12, cropped to the middle 12×12, resized to 8") == 3
     with pytest.raises(ValueError, match="which a stream has not"):
         check(str(tmp_path), streaming=True, buckets=True)
     write_tar(tmp_path / "a.tar", ("0.png", png()), ("0.txt", b"red"))
     assert check(f"{tmp_path / 'a.tar'}+shapes", size=8, workers=0)
     assert "4,097 pictures" in capsys.readouterr().out
+
+
+def test_each_part_is_judged_as_training_judges_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Not all of them together: three broken of twenty are too many, whatever else there is."""
+    few, many = (fill(tmp_path / name, count) for name, count in (("few", 20), ("many", 200)))
+    for folder, count in ((few, 20), (many, 200)):
+        metadata(folder, *({"file_name": f"{i}.png", "text": f"number {i}"} for i in range(count)))
+    for i, start in ((0, True), (1, False), (2, False)):
+        truncate(few / f"{i}.png")
+        data = f"{few}+{many}"
+        assert check(data, size=8, workers=0) is start
+        said = f"training would NOT start: {few}: {i + 1} of 20 pictures cannot be used"
+        assert (said in capsys.readouterr().out) is not start
+        with nullcontext() if start else pytest.raises(ValueError, match=f"{i + 1} of 20 pictures cannot be used"):
+            cache_latents(open_source(data, 8), Identity(), 8, tmp_path / "c", Accelerator(cpu=True), 0)
+
+
+def test_a_stream_is_refused_as_training_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beginning in which nothing can be used, of a set that is good as a whole; and a bad set beside a good one."""
+    monkeypatch.setattr(train.streams, "JUDGED", 100)
+    pixel = png()
+
+    def rows(broken: int, whole: int) -> dict[str, list]:
+        return {"image": [b"broken"] * broken + [pixel] * whole, "text": ["a"] * (broken + whole)}
+
+    write_parquet(tmp_path / "late.parquet", **rows(101, 2100))
+    data = str(tmp_path / "late.parquet")
+    assert not check(data, size=8, workers=0, streaming=True)
+    assert "NOT get through" in (out := capsys.readouterr().out)
+    with pytest.raises(ValueError, match="100 of the first 100 rows have no caption, or no picture") as error:
+        StreamFeed([open_shards(data)], [1.0], Identity(), 8, 0, torch.device("cpu"))
+    assert str(error.value) in out
+    write_parquet(tmp_path / "bad.parquet", **rows(20, 190))
+    write_parquet(tmp_path / "good.parquet", **rows(0, 400))
+    names = [str(tmp_path / f"{name}.parquet") for name in ("bad", "good")]
+    assert not check("+".join(names), size=8, workers=0, streaming=True)
+    assert f"NOT get through: {names[0]}: 20 of 210 pictures cannot be used" in capsys.readouterr().out
+    feed = StreamFeed([open_shards(name) for name in names], [1.0, 1.0], Identity(), 8, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"of \d+ pictures cannot be used \(at most 5% may be\), for instance .*bad"):
+        [feed.take(update, 0, 64, 64) for update in range(20)]
 
 
 def test_latents_are_cached_beforehand(

@@ -1,5 +1,7 @@
 """What the loop is fed with: the pictures of an update as a function of (seed, update, position), nothing dropped."""
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def test_a_feed_gives_what_the_loop_drew_from_latents(tmp_path: Path) -> None:
         assert taken.sizes.tolist() == [[16, 16, 0, 0, 16, 16]] * 5
         assert taken.parts.tolist() == [0] * 5
         assert taken.pixels is None
-    assert fed.state() == {}
+    assert fed.state()["pictures"] == 120
 
 
 def test_few_pictures_are_validated_on_themselves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -211,3 +213,52 @@ def test_a_feed_of_buckets(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert len(seen) == 29
     assert set(seen.values()) == {4}
     assert len(fed.validation().captions) == 11  # of the shape that most pictures have
+
+
+def test_a_rehearsal_sees_the_largest_shape(tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    for name, count, size in (("wide", 100, (90, 40)), ("square", 5, (40, 40))):
+        pictures(folder / name, count, size)
+    fed = feed(folder, tmp_path / "cache", size=32, buckets=True, multiple=8, pixels=True)
+    before = [fed.take(update, 0, 4, 4) for update in range(3)]
+    with fed.rehearsing():
+        for first in (0, 8):  # more than there are of that shape
+            taken = fed.take(0, first, 8, 16)
+            assert taken.mean.shape == (8, 3, 32, 32)
+            assert taken.pixels is not None
+            torch.testing.assert_close(taken.pixels, taken.mean, atol=1e-3, rtol=0)
+    assert any(taken.mean.shape != (4, 3, 32, 32) for taken in before)
+    for update, was in enumerate(before):
+        assert fed.take(update, 0, 4, 4).mean.equal(was.mean)
+
+
+# What a run goes on with
+
+
+def test_other_pictures_than_before_are_refused(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "p", 10)
+    state = json.loads(json.dumps(feed(folder, tmp_path / "cache").state()))
+    feed(folder, tmp_path / "elsewhere").load(state)
+    feed(folder, tmp_path / "cache").load({})  # of a checkpoint that had none
+    shutil.copytree(folder, tmp_path / "moved")
+    feed(tmp_path / "moved", tmp_path / "cache").load(state)
+
+    def refused(words: str, **settings) -> None:
+        words += r".* Put back .* another --output, .* if --model names its folder"
+        with pytest.raises(ValueError, match=words):
+            feed(folder, tmp_path / "cache", **settings).load(state)
+
+    pictures(folder, 11)
+    refused("10 pictures then, 11 now")
+    for end in (".png", ".txt"):
+        (folder / f"010{end}").unlink()
+    feed(folder, tmp_path / "cache").load(state)
+    (folder / "003.txt").write_text("another caption")
+    refused("10 pictures then, 10 now")
+    (folder / "003.txt").write_text("p 3")
+    (folder / "003.png").write_bytes((folder / "004.png").read_bytes())
+    refused("10 pictures then, 10 now")
+    Image.new("RGB", (16, 16), (3, 100, 200)).save(folder / "003.png")
+    refused("10 pictures then, 10 now", size=24)
+    refused("10 pictures then, 10 now", template="a {text}")
+    feed(folder, tmp_path / "cache").load(state)

@@ -82,15 +82,60 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path, picture_folder: Path
         open_shards(str(picture_folder))
     with pytest.raises(ValueError, match="does not exist"):
         open_shards(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"memory://nowhere/a.tar cannot be read"):
+    with pytest.raises(ValueError, match=r"memory://nowhere/a.tar cannot be read .* see that it is there and can be"):
         list(open_shards("memory://nowhere/a.tar").rows(0, []))
     with pytest.raises(ValueError, match=r"--template names 'who', but the fields of .*000.tar are text"):
         open_shards(str(tars(tmp_path, 1, 4)), "a {who}")
     whole = (parquet(tmp_path / "p", 1, 60) / "000.parquet").read_bytes()
     (tmp_path / "p" / "001.parquet").write_bytes(whole[:200] + bytes(200) + whole[400:])
-    with pytest.raises(ValueError, match=r"001.parquet cannot be read"):
+    with pytest.raises(ValueError, match=r"001.parquet cannot be read .* see that a whole file is in its place"):
         list(open_shards(str(tmp_path / "p")).rows(1, []))
     with pytest.raises(ValueError, match="--buckets needs the sizes"):
         feed(tars(tmp_path, 1, 4), buckets=True)
     with pytest.raises(ValueError, match=r"cannot be streamed|does not exist"):
         feed(f"{tmp_path}+shapes")
+
+
+@pytest.mark.parametrize("make", [tars, parquet])
+def test_a_shard_that_vanishes_is_named(tmp_path: Path, make) -> None:
+    """After the set was opened; what was read before counts."""
+    shards = open_shards(str(make(tmp_path, 2, 10)))
+    assert len(list(shards.rows(0, []))) == 10
+    Path(shards.files[1]).unlink()
+    with pytest.raises(
+        ValueError, match=r"001\.\w+ cannot be read \(FileNotFoundError: .*\): put it back where it was"
+    ):
+        list(shards.rows(1, []))
+    remote = pytest.importorskip("fsspec").filesystem("memory")
+    name = f"/gone/{Path(shards.files[0]).name}"
+    remote.pipe(name, Path(shards.files[0]).read_bytes())
+    shards = open_shards(f"memory:/{name}")
+    remote.rm(name)
+    with pytest.raises(ValueError, match=r"memory://gone/000\.\w+ cannot be read .* can be reached, and type the same"):
+        list(shards.rows(0, []))
+
+
+def test_what_the_network_brings_up_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises, after the tries that `datasets` makes."""
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    tries: list[Exception] = []
+
+    class Refused(Exception):
+        """As those of HTTP libraries, which are no OSError."""
+
+    class Lost(MemoryFileSystem):
+        protocol = "lost"
+
+        def open(self, *args, **kwargs):
+            tries.append(Refused("403") if "refused" in args[0] else TimeoutError("slow"))
+            raise tries[-1]
+
+    fsspec.register_implementation("lost", Lost, clobber=True)
+    monkeypatch.setattr("datasets.config.STREAMING_OPEN_RETRY_INTERVAL", 0)
+    with pytest.raises(ValueError, match=r"lost://a/b.tar cannot be read \(ConnectionError: Server Disconnected\)"):
+        list(open_shards("lost://a/b.tar").rows(0, []))
+    assert len(tries) > 1
+    with pytest.raises(ValueError, match=r"lost://refused/b.tar cannot be read \(Refused: 403\): see that it is there"):
+        list(open_shards("lost://refused/b.tar").rows(0, []))

@@ -120,9 +120,9 @@ def widen(model: Model) -> None:
 def optimizer_for(learner: nn.Module, config: Config, accelerator: Accelerator) -> torch.optim.Optimizer:
     """The optimizer that the settings name, of all that learns; ValueError where it can't be had here."""
     rate, decay = config.learning_rate, config.weight_decay
+    if (kind := sharding(accelerator)) and config.optimizer != "adamw":
+        raise ValueError(f"--optimizer {config.optimizer} needs whole matrices, and {kind} shards them: take adamw")
     if config.optimizer == "muon":
-        if kind := sharding(accelerator):
-            raise ValueError(f"--optimizer muon needs whole matrices, and {kind} shards them: take adamw")
         return Muon(learner, rate, decay, matrix_type(accelerator))
     weights = [weight for weight in learner.parameters() if weight.requires_grad]
     if config.optimizer == "adamw":

@@ -49,6 +49,7 @@ class Cached:
     def __init__(self) -> None:
         self.moments: list[tuple[Tensor, Tensor]] = []  # of each shard and shape: mean and log-variance, float16
         self.captions: list[tuple[str, ...]] = []
+        self.contents: list[str] = []  # of each part of --data the fingerprint
         # Of each picture seven to ten numbers, which as Python's own would take more memory than a small latent:
         self._where = array("q")  # which of `moments`, and the row there
         self._framing = array("q")
@@ -90,6 +91,10 @@ class Cached:
     def index(self) -> Tensor:
         """[N]: of each picture in the (joined) source."""
         return torch.frombuffer(self._index, dtype=torch.int64)
+
+    def fingerprint(self) -> str:
+        """Of the pictures and captions, which of them can be used, and how each is framed; not of where they lie."""
+        return digest(*self.contents, self._index.tobytes(), self._framing.tobytes())
 
     @property
     def parts(self) -> Tensor:
@@ -143,10 +148,12 @@ def open_cache(
     """
     weights, hashes = weights_digest(vae), FileHashes(folder)
     parts, jobs, begin = [], [], 0
+    cached = Cached()
     for part, _ in parts_of(source):
         of_part: list[Side] = list(sides[begin : begin + len(part)]) if sides is not None else [size] * len(part)
         transform = str(size) if sides is None else f"{size} in buckets"
-        place = folder / f"latents-{digest(part.fingerprint(hashes), transform, weights, FORMAT)}"
+        cached.contents.append(part.fingerprint(hashes))
+        place = folder / f"latents-{digest(cached.contents[-1], transform, weights, FORMAT)}"
         shards = [_shard(place, of_part, s, sides is not None) for s in range(-(-len(part) // SHARD))]
         parts.append((part, begin, shards))
         jobs += [(part, of_part, s, file) for s, file in enumerate(shards)]
@@ -160,7 +167,6 @@ def open_cache(
             file.parent.mkdir(parents=True, exist_ok=True)
             _encode_shard(part, vae, of_part, file, s, workers, accelerator)
     accelerator.wait_for_everyone()
-    cached = Cached()
     for number, (part, begin, shards) in enumerate(parts):
         unusable = [one for file in shards for one in cached.add(file, number, begin)]
         refuse_unusable(unusable, len(part), accelerator.print)

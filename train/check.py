@@ -14,10 +14,12 @@ from tqdm import tqdm
 from conditioning.tokenizer import ClipTokenizer
 from pipelines.find import find_model
 from train.buckets import assign
-from train.data import workers_named
-from train.pictures import MAX_UNUSABLE, UNREADABLE, Example, Row, Source
+from train.data import refuse_unusable, workers_named
+from train.pictures import UNREADABLE, Example, Row, Source
 from train.shards import Shards, open_shards
 from train.sources import describe, describe_row, is_remote, open_source, parts_of, split_parts
+from train.streams import held_out
+from train.taken import VALIDATION
 
 NAMED = 20  # lines of a kind that are printed
 
@@ -43,20 +45,33 @@ def broken(key: str, error: Exception) -> Seen:
 
 
 @dataclass
+class Part:
+    """What training judges each part of --data by."""
+
+    total: int = 0
+    unusable: list[tuple[str, str]] = field(default_factory=list)  # (key, error)
+    refused: str = ""  # why a stream of it cannot begin
+
+
+@dataclass
 class Found:
     """What was found so far; a few bytes for each picture."""
 
     sizes: list[tuple[int, int] | None] = field(default_factory=list)
     unusable: list[tuple[str, str]] = field(default_factory=list)
+    parts: dict[str, "Part"] = field(default_factory=dict)  # of --data
     contents: dict[bytes, str] = field(default_factory=dict)  # hash of pixels -> the first picture's key
     copies: list[tuple[str, str]] = field(default_factory=list)  # (key, the key of what it is a copy of)
     captions: Counter[str] = field(default_factory=Counter)
     several: int = 0  # pictures with more than one caption
 
-    def add(self, one: Seen) -> None:
+    def add(self, one: Seen, part: str) -> None:
+        """part: of --data, its name."""
         self.sizes.append(one.size)
+        self.parts.setdefault(part, Part()).total += 1
         if one.error:
             self.unusable.append((one.key, one.error))
+            self.parts[part].unusable.append(self.unusable[-1])
         if one.size:
             first = self.contents.setdefault(one.content, one.key)
             if first != one.key:
@@ -77,12 +92,13 @@ class Found:
 
     def verdict(self) -> str:
         """Why a training would not start; "" where it would."""
-        if len(self.unusable) == len(self.sizes):
-            return "no picture can be used"
-        if len(self.unusable) > MAX_UNUSABLE * len(self.sizes):
-            return (
-                f"{len(self.unusable):,} of {len(self.sizes):,} pictures cannot be used, at most {MAX_UNUSABLE:.0%} may"
-            )
+        for name, part in self.parts.items():
+            try:
+                refuse_unusable(part.unusable, part.total, lambda line: None)  # all of them were printed already
+            except ValueError as error:
+                return f"{name}: {error}" if len(self.parts) > 1 else str(error)
+            if part.refused:
+                return part.refused
         return ""
 
 
@@ -110,25 +126,34 @@ def check(
         raise ValueError("--buckets needs the sizes of all pictures beforehand, which a stream has not")
     found = Found()
     repeats: list[float] = []
+    parts = split_parts(data)
     if streaming:
-        for _, name in split_parts(data):
+        for _, name in parts:
             shards = open_shards(name, template)
             print(f"{name}: captions: {shards.origin}")
             for one in tqdm(_of_shards(shards, size, workers), desc="checking", unit="pictures"):
-                found.add(one)
+                found.add(one, name)
+            try:
+                held_out(shards, VALIDATION // len(parts))
+            except ValueError as error:
+                found.parts.setdefault(name, Part()).refused = str(error)
         print(f"{len(found.sizes):,} rows")
     else:
         source = open_source(data, size, font=font, template=template)
         print(describe(source, None if buckets else size))
-        for one in tqdm(_of_source(source, workers), desc="checking", unit="pictures", total=len(source)):
-            found.add(one)
+        opened = zip(parts, parts_of(source), strict=True)
+        names = itertools.chain.from_iterable(itertools.repeat(name, len(part)) for (_, name), (part, _) in opened)
+        every = tqdm(_of_source(source, workers), desc="checking", unit="pictures", total=len(source))
+        for one, name in zip(every, names, strict=True):
+            found.add(one, name)
         repeats = [number for part, number in parts_of(source) for _ in range(len(part))]
     for line in found.report(size, text_encoder):
         print(line)
     if buckets:
         print(assign(found.sizes, size, multiple, repeats=repeats, global_batch=batch).report)
     why = found.verdict()
-    print(f"training would NOT start: {why}" if why else "training would start")
+    start = "get through" if streaming else "start"  # of a stream it judges what it has read
+    print(f"training would NOT {start}: {why}" if why else "training would start")
     return not why
 
 

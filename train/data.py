@@ -1,11 +1,13 @@
 """Pictures on their way into training: read by several processes, decoded once, in an order that is a pure function."""
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +93,7 @@ def read(
             yield loaded
 
 
-@contextmanager
+@contextlib.contextmanager
 def workers_named() -> Iterator[None]:
     """ValueError, instead of PyTorch's RuntimeError, where a process that reads pictures dies."""
     try:
@@ -106,15 +108,20 @@ def workers_named() -> Iterator[None]:
 
 
 def refuse_unusable(unusable: Sequence[tuple[str, str]], total: int, say: Callable[[str], None] = print) -> None:
-    """Names the pictures that cannot be used; ValueError when they are more than `MAX_UNUSABLE` of all."""
+    """Names the pictures of a part of --data that cannot be used; ValueError when they are too many (`judge`)."""
     for key, error in unusable[:10]:
         say(f"left out {key}: {error}")
     if len(unusable) > 10:
         say(f"… and {len(unusable) - 10} more pictures left out")
-    if len(unusable) > MAX_UNUSABLE * total:
-        key, error = unusable[0]
+    if unusable:
+        judge(len(unusable), total, *unusable[0])
+
+
+def judge(unusable: int, total: int, key: str, error: str) -> None:
+    """ValueError when the pictures that cannot be used, such as `key`, are more than `MAX_UNUSABLE` of all."""
+    if unusable > MAX_UNUSABLE * total:
         raise ValueError(
-            f"{len(unusable)} of {total} pictures cannot be used (at most {MAX_UNUSABLE:.0%} may be), "
+            f"{unusable} of {total} pictures cannot be used (at most {MAX_UNUSABLE:.0%} may be), "
             f"for instance {key}: {error}"
         )
 
@@ -132,6 +139,7 @@ def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, p
     refuse_numbers(source)
     stem = cache / f"pixels-{digest(source.fingerprint(FileHashes(cache)), str(size))}"
     pixel_file, caption_file = stem.with_suffix(".npy"), stem.with_suffix(".json")
+    remove_dead(cache)
     if not caption_file.exists():  # written last: its presence says that the pixels are whole
         cache.mkdir(parents=True, exist_ok=True)
         captions: list[tuple[str, ...]] = []
@@ -158,11 +166,10 @@ def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, p
     return Pictures(mapped, [tuple(c) for c in said["captions"]], said["keys"])
 
 
-@contextmanager
+@contextlib.contextmanager
 def written_aside(file: Path) -> Iterator[Path]:
     """A path of this process's own to write to: whole, it becomes `file` at a stroke; after an error it goes."""
-    own = f"{platform.node()}.{os.getpid()}.{os.environ.get('RANK', 0)}"
-    partial = file.with_name(f"{file.name}.{own}.partial")
+    partial = file.with_name(f"{file.name}.{_host()}.{os.getpid()}.{os.environ.get('RANK', 0)}.partial")
     try:
         yield partial
         with open(partial, "rb") as written:
@@ -170,6 +177,49 @@ def written_aside(file: Path) -> Iterator[Path]:
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+ASIDE = re.compile(r".+\.(?:safetensors|json|npy|png)\.(?P<host>.+)\.(?P<process>\d+)\.\d+\.partial")
+DEAD = 24 * 3600  # seconds since its last change after which a file of another machine is nobody's any more
+
+
+def remove_dead(*folders: Path) -> None:
+    """Removes from these folders what `written_aside` left in a process that was killed: files of this machine's
+    processes that are no longer there, and of other machines' those that nobody has written to for a day."""
+    for file in (file for folder in folders for file in folder.glob("*.partial")):
+        if not (name := ASIDE.fullmatch(file.name)):
+            continue  # somebody else's
+        with contextlib.suppress(OSError):  # another start removes it, or it is not ours to remove
+            if _kernel() and name["host"] == _host():
+                dead = not _runs(int(name["process"]))
+            else:
+                dead = time.time() - file.stat().st_mtime > DEAD
+            if dead:
+                file.unlink()
+
+
+def _host() -> str:
+    return f"{platform.node()}-{_kernel()}"
+
+
+@lru_cache
+def _kernel() -> str:
+    """Tells apart machines and containers of one name, each of which numbers its own processes; "": nothing does."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return digest(boot, str(os.stat("/proc/self/ns/pid").st_ino))[:8]
+    except OSError:
+        return ""
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, and is somebody else's
+        return True
+    return True
 
 
 @lru_cache(maxsize=2)

@@ -6,7 +6,7 @@ is a function of (seed, update, position, global batch): one process or several 
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from train.buckets import assign, picture_sizes
 from train.cache import Cached, Latents, open_cache
-from train.data import load, permutation, to_unit
+from train.data import load, permutation, remove_dead, to_unit
 from train.hashes import FileHashes
 from train.order import Order
+from train.pictures import digest
 from train.shards import open_shards
 from train.sources import Source, describe, describe_row, is_remote, open_source, parts_of, split_parts
 from train.streamed import StreamFeed
@@ -63,8 +64,10 @@ class CachedFeed:
         order = order[trained[order]]
         weights = torch.tensor([repeats for _, repeats in parts_of(source)], dtype=torch.float64)[self.parts]
         groups = [order[number[order] == n] for n in range(len(shapes))]
+        self.contents = digest(cached.fingerprint(), repr([repeats for _, repeats in parts_of(source)]))
         self.shapes = [shape for shape, group in zip(shapes, groups, strict=True) if len(group)]
         self.order = Order([group for group in groups if len(group)], weights, seed)
+        self.rehearses = False
         self.count: int | None = round(float(weights[order].sum()))
         say(
             f"{count - held} pictures to train on, {held} held out for the validation loss"
@@ -72,7 +75,11 @@ class CachedFeed:
         )
 
     def take(self, update: int, first: int, size: int, global_batch: int) -> Taken:
-        _, chosen = self.order(update, first, size, global_batch)
+        if self.rehearses:
+            largest = self.order.groups[0].members
+            chosen = largest[torch.arange(first, first + size) % len(largest)]
+        else:
+            _, chosen = self.order(update, first, size, global_batch)
         posterior = self.cached.posterior(chosen, self.device)
         captions = [self.captions[i] for i in chosen.tolist()]
         pixels = None
@@ -104,10 +111,26 @@ class CachedFeed:
     def validation(self, number: int = VALIDATION) -> Latents:
         return self.cached.select(self.held[:number])
 
-    def state(self) -> dict[str, Any]:
-        return {}
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Inside, every batch has the largest shape."""
+        self.rehearses = True
+        try:
+            yield
+        finally:
+            self.rehearses = False
 
-    def load(self, state: dict[str, Any]) -> None: ...
+    def state(self) -> dict[str, Any]:
+        return {"pictures": len(self.captions), "contents": self.contents}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the pictures are others, with which the run would go on in another order."""
+        if state and state != self.state():  # checkpoints had none at first
+            raise ValueError(
+                f"--data is not what this run was trained on: {state['pictures']} pictures then, {len(self.captions)} "
+                "now, or others, or other captions. Put back what was changed, and type the same command again; or "
+                "begin a new run with another --output, from this one's weights if --model names its folder"
+            )
 
 
 def bucketed(
@@ -149,6 +172,8 @@ def open_feed(
 
     Raises ValueError for data that cannot be used (`train.sources.open_source`, `train.cache.open_cache`).
     """
+    if accelerator.is_local_main_process:
+        remove_dead(cache, *cache.glob("latents-*"), *cache.glob("texts-*"))
     parts = split_parts(data)
     if streaming or any(is_remote(name) for _, name in parts):
         if buckets:

@@ -13,7 +13,10 @@ from typing import Any, Literal, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from train import zero
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
@@ -24,13 +27,18 @@ def start(
     mixed_precision: MixedPrecision | None = None,
     log_with: str | None = None,
     project_dir: str | Path | None = None,
+    *,
+    accumulate: int = 1,
+    shards: bool = False,
 ) -> Accelerator:
     """An `Accelerator` whose processes are those that the launcher was asked for, each with its share of the cores.
 
-    mixed_precision: None takes what the launcher was told, and "no" without one. OMP_NUM_THREADS above 1 is kept.
+    mixed_precision: None takes what the launcher was told, and "no" without one. accumulate: steps of an update.
+    shards: whether the script can train in shards. OMP_NUM_THREADS above 1 is kept.
 
-    Raises ValueError when fewer processes run than were asked for (`accelerate launch --cpu --num_processes 2` starts
-    one), or when several were started that do not know each other (`--multi_gpu` on a machine without a GPU).
+    Raises ValueError when it can't and was told to (FSDP, DeepSpeed), when fewer processes run than were asked for
+    (`accelerate launch --cpu --num_processes 2` starts one), or when several were started that do not know each other
+    (`--multi_gpu` on a machine without a GPU).
     """
     environment = os.environ
     if "MASTER_ADDR" in environment and "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment:
@@ -46,11 +54,14 @@ def start(
         project_config=ProjectConfiguration(project_dir=str(project_dir)) if project_dir else None,
         step_scheduler_with_optimizer=False,
     )
-    if sharding(accelerator) == "FSDP":
+    accelerator.gradient_accumulation_steps = accumulate  # whatever the launcher's configuration says
+    if (kind := sharding(accelerator)) and not shards:
+        raise ValueError(f"{kind} is for train/ldm.py: this script takes --config_file train/configs/gpus.yaml")
+    if kind == "FSDP":
         # Without it accelerate would have even noise levels rounded to bfloat16; autocast rounds where it may be.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if sharding(accelerator) == "DEEPSPEED":
-        raise ValueError("DeepSpeed is not supported: FSDP shards the same, with train/configs/fsdp.yaml")
+    if kind == "DEEPSPEED":
+        zero.settle(accelerator)
     asked = int(environment.get("WORLD_SIZE", 1))
     if asked != accelerator.num_processes:
         raise ValueError(
@@ -67,7 +78,7 @@ def start(
         torch.backends.cudnn.allow_tf32 = True
     accelerator.print(
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) "
-        f"each, mixed precision: {accelerator.mixed_precision}"
+        f"each, mixed precision: {precision(accelerator)}"
     )
     return accelerator
 
@@ -128,11 +139,28 @@ def sharding(accelerator: Accelerator) -> str:
     return kind if kind in ("FSDP", "DEEPSPEED") else ""
 
 
+def precision(accelerator: Accelerator) -> str:
+    """In which the networks are autocast: "no", "bf16" or "fp16"; trained weights are float32 in any case."""
+    return zero.precision(accelerator) if sharding(accelerator) == "DEEPSPEED" else str(accelerator.mixed_precision)
+
+
+def prepare(
+    accelerator: Accelerator, learner: nn.Module, optimizer: torch.optim.Optimizer, *, batch_size: int, clip: float
+) -> tuple[Any, Any]:
+    """`Accelerator.prepare`: (the module to train by, its optimizer).
+
+    batch_size: of a process and a step; clip: largest norm of the gradient: DeepSpeed has to know them beforehand.
+    """
+    if sharding(accelerator) == "DEEPSPEED":
+        return zero.prepare(accelerator, learner, optimizer, batch_size=batch_size, clip=clip)
+    return accelerator.prepare(learner, optimizer)
+
+
 def memory_format(accelerator: Accelerator) -> torch.memory_format:
     """The layout of pictures in which convolutions and their neighbours are fastest.
 
     `channels_last`, but for bfloat16 on a CPU, where PyTorch's group norm is slow on it: one thread trains 53 crops a
-    second instead of 39 (autoencoder of 3.4 M parameters). FSDP shards nothing but contiguous weights.
+    second instead of 39 (autoencoder of 3.4 M parameters). Only contiguous weights can be shared out.
     """
     if sharding(accelerator):
         return torch.contiguous_format

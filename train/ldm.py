@@ -6,9 +6,9 @@ epoch): a run that is started again with the same command goes on where its last
 several see the same batches.
 """
 
+import math
 import shutil
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from ldm.loss import HybridLoss, denoising_loss, training_noise, training_weight
 from train.batch import Batch, draw_batch
 from train.build import build, optimizer_for
 from train.config import parse
+from train.data import remove_dead
 from train.feed import CachedFeed, open_feed
-from train.launch import Interruption, memory_format, sharding, start
+from train.launch import Interruption, memory_format, precision, prepare, sharding, start
 from train.learner import Learner
 from train.meter import Meter
 from train.presets import PRESETS, check_model_settings, preset_for
@@ -65,9 +66,15 @@ MAY_CHANGE = (
 
 
 def main(config: Config) -> Path:
-    accelerator = start(config.mixed_precision, log_with=config.tracker, project_dir=config.output)
+    accelerator = start(
+        config.mixed_precision,
+        log_with=config.tracker,
+        project_dir=config.output,
+        accumulate=config.accumulate,
+        shards=True,
+    )
     device, rank = accelerator.device, accelerator.process_index
-    config = settled(config, accelerator.mixed_precision)
+    config = settled(config, precision(accelerator))
     check_model_settings(config)
     global_batch = config.batch_size * accelerator.num_processes * config.accumulate
     found = resume(config.output, config, may_change=MAY_CHANGE, global_batch=global_batch)
@@ -81,7 +88,7 @@ def main(config: Config) -> Path:
         part.to(device)
     model.unet.to(memory_format=memory_format(accelerator))
     model.vae.to(memory_format=memory_format(accelerator))
-    if sharding(accelerator):
+    if sharding(accelerator) == "FSDP":
         refuse_shards(model, config)
     make_trainable(model, config, found and found[0])
 
@@ -130,7 +137,7 @@ def main(config: Config) -> Path:
     optimizer = optimizer_for(learner, config, accelerator)
     if config.compile:
         model.denoiser.network = torch.compile(model.unet)  # type: ignore[assignment]
-    learner, optimizer = accelerator.prepare(learner, optimizer)
+    learner, optimizer = prepare(accelerator, learner, optimizer, batch_size=config.batch_size, clip=config.clip)
     weights = learning(model, config)  # after FSDP has put its own in their place
     ema = EMA(weights.values(), config.ema_decay)  # they are the average still, if a checkpoint was opened
     meter = Meter(accelerator)
@@ -151,14 +158,13 @@ def main(config: Config) -> Path:
             batch = draw_batch(config, feed, update, first, global_batch, device, model=model, prior=prior)
             sigma = levels.sigma(batch.u)
             told = batch.captions if tells(config) else texts(batch.captions)
-            # Processes meet in the last step alone; which it is, they have to know before the forward pass.
-            with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(learner):
+            with accelerator.accumulate(learner):  # processes meet in the last step alone
                 with accelerator.autocast():
                     losses = learner(batch.x0, told, batch.sizes, sigma, batch.noise, batch.beside, **batch.options)
                 losses = batch.weight * losses
                 loss = losses.mean()
                 _refuse_not_finite("loss", loss, update, batch, config)
-                accelerator.backward(loss / config.accumulate)
+                accelerator.backward(loss)
             meter.add(sigma, losses)
             total += loss.detach() / config.accumulate
         norm = accelerator.clip_grad_norm_(weights.values(), config.clip)
@@ -201,7 +207,8 @@ def main(config: Config) -> Path:
     # A rehearsal: what can't work shows before hours of training, not after them; then all is as it was.
     place, before = config.output / ".rehearsal", carried.state()
     try:
-        learn()
+        with feed.rehearsing():
+            learn()
         carried.load(before)
         with evaluating(model, device):
             model.conditioner(prompts)
@@ -212,6 +219,7 @@ def main(config: Config) -> Path:
         if accelerator.is_main_process:
             for left in (place, *config.output.glob(".checkpoint-*.partial")):  # the second: of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
+            remove_dead(config.output / "samples")
     del before
     meter.measure(model, feed.shapes[0], texts([""]), update)
     accelerator.init_trackers("ldm")
@@ -260,10 +268,10 @@ def main(config: Config) -> Path:
     return config.output
 
 
-def _refuse_not_finite(what: str, value: Tensor, update: int, batch: Batch, config: Config) -> None:
-    if not torch.isfinite(value):
+def _refuse_not_finite(what: str, value: Tensor | float, update: int, batch: Batch, config: Config) -> None:
+    if not math.isfinite(value):
         raise ValueError(
-            f"the {what} is {value.item()} at update {update} (captions {batch.captions[:3]} …): lower --learning-rate "
+            f"the {what} is {float(value)} at update {update} (captions {batch.captions[:3]} …): lower --learning-rate "
             f"or set --mixed-precision no; the checkpoints in {config.output} are untouched"
         )
 

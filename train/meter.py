@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conditioning.context import Context
 from pipelines.folder import Model
+from train.launch import precision
 
 EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the noise levels whose losses are told apart
 SPIKE = 4.0  # times the median of the last losses
@@ -41,8 +42,8 @@ class Meter:
         shape: of its latents, (C, h, w). context: of one picture.
         """
         training = model.unet.training
-        device, precision = self.accelerator.device, self.accelerator.mixed_precision
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        device = self.accelerator.device
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(self.accelerator), torch.float32)
         x = torch.zeros(1, model.unet.config.in_channels, *shape[1:], device=device)
         model.unet.eval()  # one picture has no statistics for a batch norm
         self.flops = training_flops(model.unet, x, torch.zeros(1, device=device), **context)

@@ -33,13 +33,14 @@ class Shards:
     table: Any = field(init=False, default=None)  # of parquet files: datasets.IterableDataset, a shard for each
 
     def __post_init__(self) -> None:
-        if self.files[0].endswith(".parquet"):
-            self.columns = find_columns(self._table(self.files[:1], None).features, self.files[0], self.template)
-            self.table = self._table(self.files, [self.columns.image, *self.columns.used])
-        elif self.template:
-            with self._opened(self.files[0]) as opened:
-                some = itertools.islice(samples(opened, self.files[0]), 16)
-                self.template.check({name for sample in some for name in sample.fields}, self.files[0])
+        with naming(self.files[0]):
+            if self.files[0].endswith(".parquet"):
+                self.columns = find_columns(_table(self.files[:1], None).features, self.files[0], self.template)
+                self.table = _table(self.files, [self.columns.image, *self.columns.used])
+            elif self.template:
+                with _opened(self.files[0]) as opened:
+                    some = itertools.islice(samples(opened, self.files[0]), 16)
+                    self.template.check({name for sample in some for name in sample.fields}, self.files[0])
 
     @property
     def origin(self) -> str:
@@ -52,29 +53,11 @@ class Shards:
 
     def rows(self, file: int, place: Place) -> Iterator[tuple[Row, Place]]:
         """The rows of a file from `place` on, each with where it begins. Raises ValueError, which names the file."""
-        name = self.files[file]
-        try:
-            yield from self._parquet_rows(file, place) if self.columns else self._tar_rows(name, place)
-        except (OSError, ValueError) as error:
-            if name in str(error):
-                raise
-            raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
-
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[IO[bytes]]:
-        from datasets.utils.file_utils import xopen
-
-        try:
-            opened = xopen(name, "rb")
-        except ImportError as error:  # of what fsspec needs for this kind of path
-            raise ValueError(f"--data {name!r}: {error}: install what it names with pip") from None
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
-        with opened:
-            yield opened
+        with naming(self.files[file]):
+            yield from self._parquet_rows(file, place) if self.columns else self._tar_rows(self.files[file], place)
 
     def _tar_rows(self, name: str, place: Place) -> Iterator[tuple[Row, Place]]:
-        with self._opened(name) as opened:
+        with _opened(name) as opened:
             for sample in samples(opened, name, *place):
                 if sample.picture is None:
                     continue
@@ -100,17 +83,44 @@ class Shards:
                     row += len(part)
             skipped = 0
 
-    def _table(self, files: list[str], columns: list[str] | None) -> Any:
-        import datasets
 
-        try:
-            return datasets.load_dataset(
-                "parquet", data_files=files, split="train", streaming=True, batch_size=READ, columns=columns
-            )
-        except ImportError as error:  # of what fsspec needs for this kind of path
-            raise ValueError(f"--data {self.name!r}: {error}: install what it names with pip") from None
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(f"cannot read {files[0]} as parquet: {error}") from None
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """ValueError, which names the file and says what to do, for what goes wrong while it is read: it is gone, broken or
+    out of reach, after as many tries as `datasets` makes."""
+    try:
+        yield
+    except ImportError as error:  # of what fsspec needs for this kind of path
+        raise ValueError(f"--data {file!r}: {error}: install what it names with pip") from None
+    except Exception as error:
+        if isinstance(error, ValueError) and file in str(error):
+            raise
+        if is_remote(file):  # whatever the network, and who speaks with it, bring up
+            do = "see that it is there and can be reached"
+        elif isinstance(error, FileNotFoundError):
+            do = "put it back where it was"
+        elif isinstance(error, OSError | ValueError):
+            do = "see that a whole file is in its place, and may be read"
+        else:
+            raise
+        raise ValueError(
+            f"{file} cannot be read ({type(error).__name__}: {error}): {do}, and type the same command again: a "
+            "training goes on from its last checkpoint"
+        ) from None
+
+
+def _opened(name: str) -> IO[bytes]:
+    from datasets.utils.file_utils import xopen
+
+    return xopen(name, "rb")
+
+
+def _table(files: list[str], columns: list[str] | None) -> Any:
+    import datasets
+
+    return datasets.load_dataset(
+        "parquet", data_files=files, split="train", streaming=True, batch_size=READ, columns=columns
+    )
 
 
 def open_shards(data: str, template: str = "") -> Shards:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipelines.files import checkpoints
+from train.zero import Zero
 
 
 def whole(value: Any) -> Any:
@@ -35,10 +36,13 @@ def whole(value: Any) -> Any:
 
 
 def sharded_like(value: Tensor, weight: Tensor) -> Tensor:
-    """A whole tensor on the device of a weight, and sharded as that is."""
+    """A whole tensor on the device of a weight, sharded and laid out in memory as that is.
+
+    The layout counts: fused AdamW goes through weights and moments as they lie in memory.
+    """
     if isinstance(weight, DTensor):
         return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
-    return value.to(weight.device)
+    return torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 class Resumable(Protocol):
@@ -51,7 +55,7 @@ class Carried:
     """What goes from one update to the next, but for the average, which a checkpoint's model folder has."""
 
     weights: Mapping[str, Tensor]  # that learn, and statistics
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Zero
     scaler: Any  # of fp16, or None
     others: dict[str, Resumable]
 
@@ -66,20 +70,25 @@ class Carried:
         """Takes a state up, whatever the weights are sharded over now."""
         for name, weight in self.weights.items():
             weight.copy_(sharded_like(state["weights"][name], weight))
+        self._load_optimizer(state["optimizer"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        for name, other in self.others.items():
+            other.load(state[name])
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        if isinstance(self.optimizer, Zero):
+            self.optimizer.load_state_dict(saved)
+            return
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         kept = {
             i: {
                 name: sharded_like(value, weights[i]) if isinstance(value, Tensor) and value.ndim else value
                 for name, value in of_weight.items()
             }
-            for i, of_weight in state["optimizer"]["state"].items()
+            for i, of_weight in saved["state"].items()
         }
-        groups = state["optimizer"]["param_groups"]
-        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
-        if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        for name, other in self.others.items():
-            other.load(state[name])
+        self.optimizer.load_state_dict({"state": kept, "param_groups": saved["param_groups"]})
 
 
 def _local(weight: Tensor) -> Tensor:

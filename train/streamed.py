@@ -63,7 +63,7 @@ class StreamFeed:
         self.with_pixels, self.gather = pixels, gather
         side = size // vae.downscale
         self.shapes: list[tuple[int, ...]] = [(vae.latent_channels, side, side)]
-        self.unusable = Unusable()
+        self.unusable = [Unusable() for _ in sets]
         self.held: list[set[tuple[int, ...]]] = []
         self.seen = self._seen(VALIDATION // len(sets))
         self.captions = self.seen.captions
@@ -134,6 +134,9 @@ class StreamFeed:
         """Some of the first pictures of each set, held out."""
         return self.seen.select(torch.arange(min(number, len(self.captions))))
 
+    def rehearsing(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()  # all batches have one shape
+
     def state(self) -> dict[str, Any]:
         """Where the streams stand, of all processes: all of them have to ask."""
         served: dict[str, list] = {}
@@ -192,7 +195,7 @@ class StreamFeed:
             self._stream(part, name, call.global_batch)
             items.setdefault(name, []).append(item)
         blocks = dict(zip(items, self.openers.map(self._blocks, items, items.values()), strict=True))
-        jobs = [job for name in items for job in blocks[name]]
+        jobs = [(self.unusable[int(name.partition(".")[0])], *job) for name in items for job in blocks[name]]
         pixels, captions, sizes = zip(*self.decoders.map(self._picture, jobs), strict=True)
         cursors = {name: some[-1][0].cursor for name, some in blocks.items()}
         return Decoded(np.stack(pixels), list(captions), list(sizes), [part for part, _, _ in where], cursors)
@@ -201,9 +204,9 @@ class StreamFeed:
         """The block of each row, and its number in the stream."""
         return [(self.streams[name].block_of(item), item) for item in items]
 
-    def _picture(self, job: tuple[Block, int]) -> tuple[np.ndarray, tuple[str, ...], tuple[int, ...]]:
+    def _picture(self, job: tuple[Unusable, Block, int]) -> tuple[np.ndarray, tuple[str, ...], tuple[int, ...]]:
         """The row of this number; where it is broken, the next one of its block that is not."""
-        (rows, cursor), item = job
+        unusable, (rows, cursor), item = job
         place = item - cursor.item
         for offset in range(len(rows)):
             row = rows[(place + offset) % len(rows)]
@@ -211,7 +214,7 @@ class StreamFeed:
                 example = row.example()
             except ValueError as error:
                 if not offset:
-                    self.unusable.count(row.key, str(error).removeprefix(f"{row.key}: "))
+                    unusable.count(row.key, str(error).removeprefix(f"{row.key}: "))
                 continue
             width, height = example.image.size
             return fit(example.image, self.size), example.captions, framing(width, height, self.size)
@@ -249,7 +252,7 @@ class StreamFeed:
             shards = self.sets[part]
             streams = min(len(shards.files), STREAMS, self._counts(global_batch)[part])
             number = int(name.partition(".")[2])
-            self.streams[name] = Stream(shards, number, streams, self.seed, self.held[part], self.unusable)
+            self.streams[name] = Stream(shards, number, streams, self.seed, self.held[part], self.unusable[part])
             if name in self.begins:
                 self.streams[name].start(self.begins[name])
         return self.streams[name]

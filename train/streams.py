@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from train.data import generator
-from train.pictures import MAX_UNUSABLE, Row
+from train.data import generator, judge
+from train.pictures import Row
 from train.shards import Place, Shards
 
 BLOCK_ROWS = 1000
@@ -37,24 +37,21 @@ class Cursor(NamedTuple):
 
 @dataclass
 class Unusable:
-    """The running count of what cannot be used; past a share it is too much."""
+    """The running count of what cannot be used of a set; past a share it is too much."""
 
     rows: int = 0
     unusable: int = 0
     named: set[str] = field(default_factory=set)
 
     def count(self, key: str, error: str) -> None:
-        """Names an unusable row. Raises ValueError past `MAX_UNUSABLE` of all rows, from the first 1000 on."""
+        """Names an unusable row. Raises ValueError past a share of all rows (`judge`), from the first 1000 on."""
         self.unusable += 1
         if len(self.named) <= 10 and key not in self.named:
             self.named.add(key)
             more = "… more rows are left out; they are counted"
             print(f"left out {key}: {error}" if len(self.named) <= 10 else more)
-        if self.rows >= JUDGED and self.unusable > MAX_UNUSABLE * self.rows:
-            raise ValueError(
-                f"{self.unusable} of the first {self.rows} rows cannot be used (at most {MAX_UNUSABLE:.0%} may be), "
-                f"for instance {key}: {error}"
-            )
+        if self.rows >= JUDGED:
+            judge(self.unusable, self.rows, key, error)
 
 
 class Block(NamedTuple):

@@ -1,5 +1,6 @@
 """What the training loop asks of whoever feeds it, and what it gets."""
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -32,7 +33,13 @@ class Feed(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Where a stream stands, fit for JSON; {} for cached sets. All processes have to ask."""
+        """Where a stream stands, or what a cached set is, fit for JSON. All processes have to ask."""
         ...
 
-    def load(self, state: dict[str, Any]) -> None: ...
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state is of another set."""
+        ...
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Inside, batches have the largest shape that may come: what fits into memory then, fits ever after."""
+        ...

@@ -1,0 +1,97 @@
+"""The pictures of `--prior`: each process paints its share, all together the same as one alone."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from pipelines.folder import load_model
+from tests.killing import run_killed
+from train.prior import with_prior
+from train.settings import Config
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
+@pytest.fixture
+def config(pictures: Path, model_folder: Path, tmp_path: Path) -> Config:
+    """Three batches of pictures, the last of them smaller."""
+    return Config(
+        data=str(pictures),
+        model=str(model_folder),
+        output=tmp_path / "run",
+        cache=tmp_path / "cache",
+        prior="a square",
+        prior_pictures=18,
+        updates=2,
+        batch_size=4,
+        warmup=1,
+        prompts=("a red square",),
+        steps=2,
+        seed=5,
+        workers=0,
+    )
+
+
+def paint(config: Config, accelerator: object) -> str:
+    return with_prior(load_model(Path(config.model)), config, 16, accelerator)
+
+
+def painted(output: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((output / "prior").glob("*.png"))}
+
+
+class Process:
+    """One of two, which waits for the other in a way of its own."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, rank: int, wait: Callable[[], object]):
+        self.process_index, self.is_main_process, self.wait_for_everyone = rank, not rank, wait
+
+
+def test_two_processes_paint_what_one_does(config: Config, tmp_path: Path) -> None:
+    alone = replace(config, output=tmp_path / "alone")
+    data = paint(alone, Accelerator(cpu=True))
+    assert data == f"{config.data}+0.444444444*{tmp_path / 'alone' / 'prior'}"
+    whole = painted(alone.output)
+    assert list(whole) == [f"{i:05d}.png" for i in range(18)]
+    assert len(set(whole.values())) == 18
+
+    shares: list[set[str]] = []
+
+    def other() -> None:
+        """The second process looks when the first has painted its share."""
+        shares.append(set(painted(config.output)))
+        paint(config, Process(1, lambda: None))
+
+    paint(config, Process(0, other))
+    assert shares == [{f"{i:05d}.png" for i in (*range(8), 16, 17)}]
+    assert painted(config.output) == whole
+
+    # Killed within the second batch: that one is painted again, by whoever has it, and nothing else is.
+    for i in (11, 12):
+        (config.output / "prior" / f"{i:05d}.txt").unlink()
+    (config.output / "prior" / "00011.png").write_bytes(b"half")
+    times = {file: file.stat().st_mtime_ns for file in (config.output / "prior").glob("*.png")}
+    with pytest.raises(ValueError, match=r"lacks 2 of 18 pictures.*--output has to be a folder that all of them share"):
+        paint(config, Process(0, lambda: None))
+    paint(config, Process(1, lambda: None))
+    assert painted(config.output) == whole
+    again = {int(file.stem) for file, time in times.items() if file.stat().st_mtime_ns != time}
+    assert again == set(range(8, 16))
+
+
+@pytest.mark.slow
+def test_two_real_processes_that_are_killed(config: Config, tmp_path: Path) -> None:
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    settings |= {"unet": dataclasses.asdict(config.unet), "prior_pictures": 40}
+    alone = run_killed(settings | {"output": tmp_path / "alone"})
+    two = settings | {"output": tmp_path / "two", "batch_size": 2}
+    run_killed(two | {"seconds": alone["seconds"][0] * 0.7}, processes=2, kills=2)
+    assert painted(tmp_path / "two") == painted(tmp_path / "alone")
+    assert len(painted(tmp_path / "two")) == 40
