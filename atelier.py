@@ -240,29 +240,71 @@ class Data:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measures whether pictures are what was asked for: of pictograms by the closest drawing, else by a classifier."""
+    """Measures pictures: against a reference (--reference), or whether they are what was asked for, by a judge, and of
+    pictograms by the closest drawing. Several processes share the painting: accelerate launch -m atelier evaluate …"""
 
     model: tyro.conf.Positional[str] = "bundled"
-    """Model folder, training run or hub id."""
+    """Model folder, training run or hub id; with --reference also a folder of pictures."""
     out: Path = Path("evaluation")
-    """Folder for the sheets of samples and the figures."""
+    """Folder for the samples, the sheets and the figures; a run that was killed goes on there."""
+    reference: str = ""
+    """Real pictures with captions to compare with: folder, .parquet or .tar file, as --data of a training."""
+    metrics: str = "fid,kid,precision,recall"
+    """Of fid, kid, precision, recall, clip, diversity, accuracy (by a recogniser as --extractor) and bpd."""
+    extractor: str = "inception"
+    """Whose features are compared: inception, inception:FILE, a run of train/recogniser.py or train/clip.py, a CLIP of
+    transformers (folder, hub id) or open_clip (ARCHITECTURE:WEIGHTS). Only Inception's distance is called FID."""
+    clip: str = ""
+    """The CLIP of the CLIP score, likewise; the extractor by default."""
+    samples: int | None = None
+    """How many; by default all of a folder, of a model 10,000, on a CPU 1,000."""
+    training: str = ""
+    """What the model was trained on: each sample's nearest picture there is looked for, and shown."""
+    size: int | None = None
+    """Side to which the pictures of a folder are brought; their own by default."""
+    steps: int | None = None
+    """Sampler steps; the model's own by default."""
+    guidance: float | None = None
+    """Guidance scale; the model's own by default."""
+    sampler: str | None = None
+    """As of `paint`."""
+    batch: int = 32
+    """Pictures painted at once."""
     prompts: int = 100
-    """Prompts of training pairs, and half as many of held-out pairs; with --judge, of all its classes together."""
+    """Without --reference: prompts of training pairs, and half as many of held-out pairs; of classes, all together."""
     judge: Path | None = None
-    """A classifier's run (train/classifier.py --preset clean), for models of the classes that it knows."""
+    """A run of train/recogniser.py (or train/classifier.py --preset clean) that says what pictures show."""
     seed: int = 0
+    """Picture i is painted from the noise of seed + i."""
+    cache: Path = Path("cache")
+    """Folder for the features of references."""
+    workers: int = 2
+    """Processes that read pictures."""
     font: str | None = None
-    """The colour emoji font's file."""
+    """The colour emoji font's file, for pictograms."""
 
     def run(self) -> None:
-        if self.judge:
-            from train.judge import evaluate_classes
+        if self.reference:
+            from train.measure import Measuring, measure
+            from train.samples import Painting
 
-            evaluate_classes(self.model, self.judge, self.out, prompts=self.prompts, seed=self.seed)
+            painting = Painting(self.steps, self.guidance, self.sampler, self.seed, self.batch)
+            same = {name: value for name, value in vars(self).items() if name in Measuring.__dataclass_fields__}
+            measure(Measuring(painting=painting, **same))
             return
+        given = {name for name, value in vars(self).items() if value != getattr(Evaluate, name)}
+        if stray := given - {"model", "out", "prompts", "judge", "seed", "cache", "font"}:
+            raise ValueError(f"--{min(stray)} is for a comparison with a reference: give --reference, too")
+        if self.judge:
+            from train.judge import answers_of, evaluate_classes, open_judge
+
+            if "object" not in answers_of(open_judge(self.judge)):
+                evaluate_classes(self.model, self.judge, self.out, prompts=self.prompts, seed=self.seed)
+                return
         from train.evaluate import evaluate
 
-        evaluate(self.model, self.out, prompts=self.prompts, seed=self.seed, font=self.font)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("prompts", "seed", "font", "judge", "cache")}
+        evaluate(self.model, self.out, **options)
 
 
 @dataclass(frozen=True)

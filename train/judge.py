@@ -1,13 +1,15 @@
-"""Does it paint what was asked for? The verdict of a classifier that was trained apart, on clean pictures.
+"""Does it paint what was asked for? The verdict of a network that was trained apart, on clean pictures.
 
-    accelerate launch train/classifier.py --preset clean --data mnist-train.parquet
-    atelier evaluate runs/mnist --judge runs/judge
+    accelerate launch train/recogniser.py --preset mnist --data mnist-train.parquet
+    atelier evaluate runs/mnist --judge runs/mnist-recogniser
 
-It is asked at its lowest noise level. How often it is right about real pictures is said when it is trained: no share
-of right samples means more than that.
+Or of a classifier of noisy pictures (train/classifier.py --preset clean), asked at its lowest noise level. How often it
+is right about real pictures is said when it is trained: no share of right samples means more than that.
 """
 
 import json
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,19 +20,38 @@ from conditioning.context import Unconditional
 from ldm.classifier import NoisyClassifier
 from pipelines import TextToImagePipeline
 from pipelines.classifier import load_classifier
+from pipelines.files import newest, read_json
 from train.data import fit, generator, to_unit
 from train.grid import grid
+from train.pictograms import GROUNDS, STYLES, captions, things
+from train.recogniser import Recogniser, RecogniserConfig, as_seen, load_recogniser
 from vae.autoencoder import Identity
 
 LEVEL = 0.05  # of the noise that the judge is shown: the least that it was trained on, nearly
 SHOWN = 8  # samples of a class on the sheet
 
 
+def open_judge(where: str | Path) -> Recogniser | NoisyClassifier:
+    """The judge in a folder, or in a training run's newest checkpoint; ValueError where there is none."""
+    folder = newest(Path(where).expanduser())
+    if read_json(folder / "config.json").get("_class_name") == RecogniserConfig.class_name:
+        return load_recogniser(folder)
+    return load_classifier(folder)
+
+
+def answers_of(judge: Recogniser | NoisyClassifier) -> dict[str, tuple[str, ...]]:
+    """What it can tell: task -> answers."""
+    return dict(judge.config.tasks) if isinstance(judge, Recogniser) else {"class": judge.config.labels}
+
+
 @torch.no_grad()
-def verdicts(judge: NoisyClassifier, images: list[Image.Image]) -> torch.Tensor:
-    """The likeliest class of each picture, its place in `judge.config.labels`: [N]."""
+def verdicts(judge: Recogniser | NoisyClassifier, images: list[Image.Image], task: int = 0) -> torch.Tensor:
+    """The likeliest answer of each picture, its place in those of the task: [N]."""
     config = judge.config
     pixels = torch.stack([torch.from_numpy(fit(image, config.sample_size).copy()) for image in images])
+    if isinstance(judge, Recogniser):
+        logits = [judge(as_seen(judge.config, to_unit(part)))[task] for part in pixels.split(100)]
+        return torch.cat(logits).argmax(1)
     found = []
     for i, part in enumerate(pixels.split(100)):
         x0 = Identity(config.in_channels).encode(to_unit(part)).mean
@@ -39,13 +60,50 @@ def verdicts(judge: NoisyClassifier, images: list[Image.Image]) -> torch.Tensor:
     return torch.cat(found)
 
 
+@torch.no_grad()
+def right_by_caption(judge: Recogniser, features: torch.Tensor, said: Sequence[str]) -> dict[str, float]:
+    """Share of the pictures in which the judge sees what their captions say, by task.
+
+    features: the judge's own of the pictures, [N, d]. Raises ValueError for captions that name none of its answers.
+    """
+    features = features.to(judge.linear_out.weight)
+    shares = {}
+    for i, (task, answers) in enumerate(judge.config.tasks):
+        named = [_named(caption)[task] if task in ("object", "style") else caption for caption in said]
+        if strange := set(named) - set(answers):
+            raise ValueError(f"the judge knows no {task} {min(strange)!r}: it knows {', '.join(answers[:5])} …")
+        truth = torch.tensor([answers.index(name) for name in named])
+        shares[task] = float((judge.answer(features)[i].argmax(1).cpu() == truth).float().mean())
+    return shares
+
+
+def _named(caption: str) -> dict[str, str]:
+    known = drawn_captions()
+    if caption not in known:
+        raise ValueError(f"{caption!r} is no caption of pictograms, whose objects and styles this judge knows")
+    return known[caption]
+
+
+@cache
+def drawn_captions() -> dict[str, dict[str, str]]:
+    """What each caption of pictograms says: its object and its style."""
+    every = ((o, s, g) for o in things() for s in STYLES for g in GROUNDS)
+    return {said: {"object": o, "style": s} for o, s, g in every for said in captions(o, s, g)}
+
+
 def evaluate_classes(model: str, judge: Path, out: Path, *, prompts: int = 100, seed: int = 0) -> dict:
     """Paints `prompts` pictures, as many of each of the judge's classes, and writes figures and a sheet.
 
     Of a model that is told nothing it says which classes came, evenly or not. Returns what evaluation.json holds.
     """
-    classifier = load_classifier(judge)
-    names, channels = classifier.config.labels, classifier.config.in_channels
+    classifier = open_judge(judge)
+    known, channels = answers_of(classifier), classifier.config.in_channels
+    if "class" not in known:
+        raise ValueError(
+            f"the judge {judge} tells {' and '.join(known)} apart, which is for models of pictograms: expected one of "
+            "classes (train/recogniser.py --preset mnist or cifar10)"
+        )
+    names = known["class"]
     if channels not in (1, 3):
         raise ValueError(
             f"the judge {judge} looks at latents of {channels} channels: expected one of pixels "

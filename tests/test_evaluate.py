@@ -1,0 +1,125 @@
+"""What is said of a model of pictograms: by a judge of objects and styles, beside the training set, within a prompt."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import atelier
+import train.evaluate
+import train.judge
+from pipelines import TextToImagePipeline
+from pipelines.files import save_network
+from tests.test_drawn import needs_font
+from train.evaluate import InMemory, beside_training, draw_rows, judged, open_pictogram_judge
+from train.pictograms import Pictograms, Row, captions, paint
+from train.recogniser import Recogniser, RecogniserConfig
+from train.sources import Drawn
+
+pytestmark = [pytest.mark.usefixtures("in_process"), needs_font]
+
+OBJECTS = ("apple", "fox", "whale")
+TASKS = (("object", OBJECTS), ("style", ("oil", "plain")))
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of random weights; it has seen pictograms, so that its norms tell them apart."""
+    torch.manual_seed(0)
+    network = Recogniser(RecogniserConfig(tasks=TASKS, sample_size=17, widths=(8, 16)))
+    pictures = torch.stack([torch.randn(3, 17, 17) for _ in range(64)])
+    network(pictures)
+    folder = tmp_path_factory.mktemp("judge")
+    save_network(network, folder)
+    return folder
+
+
+class Painter:
+    """Stands for a pipeline that draws what is asked for, or one thing for everything."""
+
+    def __init__(self, size: int, drawn: dict[str, Row], seed: int | None):
+        self.model = type("Model", (), {"size": size})
+        self.drawn, self.seed = drawn, seed
+
+    def __call__(self, prompts: list[str], seed: int) -> TextToImagePipeline:
+        seeds = [seed + i if self.seed is None else self.seed for i in range(len(prompts))]
+        images = [paint(*self.drawn[p][:3], self.model.size, s) for p, s in zip(prompts, seeds, strict=True)]
+        return type("Output", (), {"images": images})  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_samples_beside_training(copies: bool, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh drawings are as far from those of training as real ones; copies are not, nor do they differ."""
+    training = Pictograms(32, OBJECTS)
+    rows = [training.rows[i] for i in range(0, len(training), 7)]
+    drawn = {captions(*row[:3])[0]: row for row in rows}
+    monkeypatch.setattr(train.evaluate, "open_source", lambda *_, **__: Drawn(training, "few", 32))
+    pipe: TextToImagePipeline = Painter(32, drawn, 5 if copies else None)  # type: ignore[assignment]
+    images = [training[training.rows.index(row)].image if copies else paint(*row[:3], 32, 77) for row in rows]
+    options = {"data": "pictograms", "seed": 0, "font": None, "cache": tmp_path / "cache"}
+    found = beside_training(pipe, images, rows, judge, tmp_path / "out", **options)  # type: ignore[arg-type]
+    near, alike = found["memorisation"], found["diversity"]
+    if copies:
+        assert near["ratio"] < 1e-4
+        assert alike["of_a_prompt"] == pytest.approx(0, abs=1e-5)
+    else:
+        assert 0.5 < near["ratio"] < 2
+        assert 0.5 < alike["of_a_prompt"] / alike["of_its_drawings"] < 2
+    assert near["pictures"] == {"samples": len(rows), "held_out": len(rows), "training": len(training)}
+    assert json.loads(json.dumps(found)) == found
+    with Image.open(tmp_path / "out" / "neighbours.png") as sheet:
+        assert sheet.width > 500
+
+
+def test_shares_by_task(judge: Path) -> None:
+    network = open_pictogram_judge(judge, OBJECTS)
+    torch.nn.init.zeros_(network.linear_out.weight)  # the first answer of each is the likeliest
+    rows = [Row("apple", "oil", "red", 0), Row("fox", "oil", "red", 0), Row("apple", "plain", "red", 0)]
+    images = [paint(*row[:3], 32) for row in rows]
+    assert judged(network, images, rows) == {"object": pytest.approx(2 / 3), "style": pytest.approx(2 / 3)}
+
+
+def test_a_judge_of_something_else_is_refused(judge: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not know 1 of the model's 2 objects, such as 'owl'.*pictograms:all"):
+        open_pictogram_judge(judge, ("fox", "owl"))
+    save_network(Recogniser(RecogniserConfig(tasks=(("class", ("a", "b")),))), tmp_path)
+    with pytest.raises(ValueError, match=r"tells class: expected one of train/recogniser.py --preset pictograms"):
+        open_pictogram_judge(tmp_path, OBJECTS)
+
+
+def test_pictures_in_memory_are_a_source() -> None:
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    one = InMemory([red, blue], ["a", "b"])
+    assert one[1] == (blue, ("b",), "picture 1")
+    assert one.picture_size(0) == (8, 8)
+    assert one.fingerprint() == InMemory([red.copy(), blue.copy()], ["a", "b"]).fingerprint()
+    assert one.fingerprint() != InMemory([blue, red], ["a", "b"]).fingerprint()
+
+
+def test_rows_of_a_split_are_drawn_by_the_seed() -> None:
+    every = draw_rows("train", 10_000, OBJECTS, 0, None)
+    some = draw_rows("train", 5, OBJECTS, 0, None)
+    assert some == every[:5]
+    assert len(set(every)) == len(every) == len(Pictograms(64, OBJECTS))
+    assert draw_rows("train", 5, OBJECTS, 1, None) != some
+
+
+def test_the_command_goes_by_what_the_judge_knows(judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple] = []
+    monkeypatch.setattr(train.evaluate, "evaluate", lambda *given, **more: seen.append((given, more)))
+    monkeypatch.setattr(train.judge, "evaluate_classes", lambda *given, **more: seen.append((given, more)))
+    classes = tmp_path / "classes"
+    save_network(Recogniser(RecogniserConfig(tasks=(("class", ("a", "b")),))), classes)
+    for words in ([], ["--judge", str(judge)], ["--judge", str(classes)]):
+        monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", "bundled", "--prompts", "7", *words])
+        atelier.main()
+    out, common = Path("evaluation"), {"prompts": 7, "seed": 0}
+    of_pictograms = common | {"font": None, "cache": Path("cache")}
+    assert seen == [
+        (("bundled", out), of_pictograms | {"judge": None}),
+        (("bundled", out), of_pictograms | {"judge": judge}),
+        (("bundled", classes, out), common),
+    ]

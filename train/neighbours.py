@@ -1,0 +1,47 @@
+"""Is it new, or copied? How near samples come to the pictures that a model was trained on, against how near real
+pictures come that it was not trained on; and the nearest shown beside the samples."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.grid import grid
+from train.metrics import nearest
+from train.reference import Reference
+
+SHOWN = 12  # samples with their nearest training pictures: the nearest of all, and as many others
+SAME = 1e-6  # distance, as a share of the features' length, below which pictures are the same one
+NEAR = 0.01  # share of the held-out pictures that are as near as a "near" sample
+
+
+def memorisation(samples: Reference, held_out: Reference, training: Reference, sheet: Path) -> dict[str, Any]:
+    """Compares the distances, in features, and writes the sheet.
+
+    Returns the medians of the distances to the nearest training picture, their ratio, and which share of the samples is
+    nearer than all but NEAR of the held-out pictures are: about NEAR where nothing is memorised.
+    """
+    known = training.features()
+    distances, indices = nearest(samples.features(), known)
+    theirs = nearest(held_out.features(), known).values[:, 0]
+    ours = distances[:, 0]
+    order = ours.argsort()
+    rest = order[SHOWN:]
+    others = rest[torch.linspace(0, len(rest) - 1, min(SHOWN, len(rest))).long()] if len(rest) else rest
+    tiles, said = [], []
+    for row in [*order[:SHOWN].tolist(), *others.tolist()]:
+        tiles += [samples.picture(row), training.picture(int(indices[row, 0]))]
+        said += ["sample", f"nearest in training, at {float(ours[row]):.3g}"]
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    grid(tiles, said, columns=8).save(sheet)
+    one, other = float(ours.median()), float(theirs.median())
+    return {
+        "samples_to_training": one,
+        "held_out_to_training": other,
+        "ratio": one / other if other else None,
+        "share_of_samples_nearer_than_1%_of_held_out": float((ours < theirs.quantile(NEAR)).double().mean()),
+        "held_out_that_are_in_training": int((theirs < SAME * known.square().sum(1).mean().sqrt()).sum()),
+        "pictures": {"samples": len(samples), "held_out": len(held_out), "training": len(training)},
+        "training_hash": training.hash,
+        "sheet": str(sheet),
+    }

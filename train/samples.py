@@ -1,0 +1,171 @@
+"""Pictures to be measured: painted by a model for the captions of a reference, or read from a folder.
+
+Picture i has the prompt of row i of a fixed order of the reference's captions, and the seed + i. It is written aside
+and renamed, so that a run which was killed goes on with the pictures that lack, by any number of processes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from conditioning.context import Unconditional
+from conditioning.labels import Labels
+from pipelines import TextToImagePipeline
+from pipelines.files import checkpoints, newest
+from train.cache import weights_digest
+from train.data import batch_indices, written_aside
+from train.folders import FolderSource, open_folder
+from train.pictures import PICTURES, digest
+
+NOTES = "samples.json"  # in the folder of the pictures: what they were painted with
+
+
+@dataclass(frozen=True)
+class Painting:
+    """How a model paints; None takes its own default."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    seed: int = 0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"--batch {self.batch}: expected at least 1")
+
+
+def is_told(pipe: TextToImagePipeline) -> bool:
+    """Whether the model takes captions or classes."""
+    return not isinstance(pipe.model.conditioner, Unconditional)
+
+
+def prompts_of(pipe: TextToImagePipeline, captions: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` prompts out of the captions of a reference, each as often as the next, in an order that the seed decides.
+
+    Raises ValueError where the model is told something and the reference does not say what.
+    """
+    if not is_told(pipe):
+        return [""] * count
+    said = [caption for caption in captions if caption]
+    if not said:
+        raise ValueError(
+            "the pictures of --reference have no captions, which the model would be asked for: give a reference with "
+            "captions, or a folder of pictures in the place of the model"
+        )
+    prompts = [said[i] for i in batch_indices(len(said), seed, 0, count).tolist()]
+    if isinstance(pipe.model.conditioner, Labels):
+        pipe.model.conditioner(prompts)  # which says what a caption that is no class comes close to
+    return prompts
+
+
+def model_digest(pipe: TextToImagePipeline) -> str:
+    """A hash of all weights of a model, and of its path."""
+    parts = [weights_digest(part) for part in pipe.model.parts()]
+    return digest(json.dumps(pipe.model.scheduler, sort_keys=True, default=str), *parts)[:16]
+
+
+def paint_samples(
+    pipe: TextToImagePipeline,
+    prompts: Sequence[str],
+    folder: Path,
+    how: Painting,
+    accelerator: Accelerator,
+    *,
+    reference: str = "",
+) -> FolderSource:
+    """Paints what the folder lacks of the pictures of these prompts, each process its share; they, as a source.
+
+    reference: names what the prompts were drawn from; of a longer run the first ones are the same.
+
+    Raises ValueError where the folder holds pictures that were painted otherwise.
+    """
+    defaults = pipe.model.defaults
+    notes: dict[str, Any] = {"model": model_digest(pipe), "seed": how.seed, "size": pipe.model.size}
+    notes |= {"steps": how.steps or defaults.steps, "sampler": how.sampler or defaults.sampler}
+    notes |= {"guidance": defaults.guidance_scale if how.guidance is None else how.guidance}
+    notes |= {"dtype": str(pipe.dtype).removeprefix("torch."), "batch": how.batch}
+    notes["prompts"] = reference if any(prompts) else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_notes(folder, notes, accelerator)
+    files = [folder / f"{i:06d}.png" for i in range(len(prompts))]
+    batches = range(0, len(prompts), how.batch)
+    mine = [start for n, start in enumerate(batches) if n % accelerator.num_processes == accelerator.process_index]
+    lacking = [start for start in mine if not all(file.is_file() for file in files[start : start + how.batch])]
+    for start in tqdm(lacking, desc="painting", unit="batch", disable=not accelerator.is_local_main_process):
+        part = list(prompts[start : start + how.batch])
+        painted = pipe(
+            part, seed=how.seed + start, steps=how.steps, guidance_scale=how.guidance, sampler=how.sampler
+        ).images
+        for image, file in zip(painted, files[start : start + how.batch], strict=True):
+            if not file.is_file():
+                with written_aside(file) as partial:
+                    image.save(partial, format="png")
+    if accelerator.is_main_process and any(prompts):
+        rows = [{"file_name": file.name, "text": said} for file, said in zip(files, prompts, strict=True)]
+        with written_aside(folder / "metadata.jsonl") as partial:
+            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    return FolderSource(files, [(said,) if said else () for said in prompts], "the prompts")
+
+
+def _check_notes(folder: Path, notes: dict[str, Any], accelerator: Accelerator) -> None:
+    """Writes them where there are none yet; ValueError where others are there."""
+    file = folder / NOTES
+    if file.is_file():
+        before = json.loads(file.read_text())
+    elif any(f.suffix in PICTURES for f in folder.iterdir()):
+        before = {}
+    else:
+        before = notes
+    if changed := [key for key in notes if before.get(key) != notes[key]]:
+        told = "; ".join(f"{key}: {before.get(key)!r} before, {notes[key]!r} now" for key in changed)
+        raise ValueError(
+            f"{folder} holds pictures that were painted otherwise ({told}): give another --out, or delete that folder"
+        )
+    accelerator.wait_for_everyone()  # all have looked
+    if accelerator.is_main_process:
+        with written_aside(file) as partial:
+            partial.write_text(json.dumps(notes, indent=2) + "\n")
+
+
+def is_model(where: str) -> bool:
+    """Whether MODEL_OR_FOLDER is to be opened as a model, and not as a folder of pictures."""
+    folder = Path(where).expanduser()
+    if not folder.is_dir() or (newest(folder) / "unet").is_dir() or checkpoints(folder):
+        return True  # or a run of something else, whose sheets are no samples: opening it as a model says so
+    return not any(f.suffix.lower() in PICTURES for f in folder.rglob("*"))
+
+
+def read_samples(folder: str, count: int | None, say: Any = print) -> FolderSource:
+    """The pictures of a folder and of those below it in the order of their names, `count` of them or all, with their
+    captions, where there are any, as training finds them."""
+    place = Path(folder).expanduser()
+    files = sorted(f for f in place.rglob("*") if f.suffix.lower() in PICTURES and not f.name.startswith("."))
+    if count is not None and count > len(files):
+        raise ValueError(f"--samples {count}: {folder} holds {len(files)} pictures")
+    files = files[:count]
+    try:
+        known = open_folder(place)
+        said = dict(zip(known.files, known.captions, strict=True))
+    except ValueError as error:
+        said = {}
+        say(f"no captions in {folder}: {error}")
+    return FolderSource(files, [said.get(file, ()) for file in files], "the folder")
+
+
+def common_side(source: FolderSource) -> int:
+    """Of pictures that are all squares of one size; ValueError for others."""
+    sizes = {source.picture_size(i) for i in range(len(source))}
+    if len(sizes) != 1 or (side := next(iter(sizes)))[0] != side[1]:
+        some = ", ".join(f"{w}×{h}" for w, h in sorted(sizes)[:4])
+        raise ValueError(
+            f"the pictures are of {len(sizes)} size(s), such as {some}: give --size, to which they and the reference "
+            "are brought (their middle, as a square)"
+        )
+    return side[0]
