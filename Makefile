@@ -14,7 +14,7 @@ image: .venv/installed
 	@$(BIN)/atelier paint "$$ATELIER_PROMPT" --out "$$ATELIER_OUT"
 
 test: .venv/tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 lint: .venv/tested
 	$(BIN)/ruff check .

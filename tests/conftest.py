@@ -1,10 +1,15 @@
 """A whole tiny model of random weights, and pictures on the disk: what tests of the rooms above need."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+# Several processes of pytest-xdist share the cores; what is started from here asks for its threads by the same name.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
 import torch

@@ -215,8 +215,8 @@ def test_make_image_installs_once_and_paints(project: Path) -> None:
 def test_make_test_installs_what_the_tests_need_once(project: Path) -> None:
     first = make(project, "test")
     assert any(call.startswith("[pip][install]") and "[.[dev]]" in call for call in first)
-    assert first[-1] == "[python][-m][pytest]"
-    assert make(project, "test") == ["[python][-m][pytest]"]
+    assert first[-1].startswith("[python][-m][pytest]")
+    assert make(project, "test") == first[-1:]
     assert [call for call in make(project, "image") if not call.startswith("[atelier]")] == []  # dev has it all
 
 
