@@ -99,7 +99,7 @@ def test_gradients_equal_diffusers():
     images = pictures(ours)
     noise = torch.randn(2, 3, 2, 3)
     scale = ours.config.scaling_factor
-    output, posterior = ours(images, noise)
+    output, posterior, _ = ours(images, noise)
     (output.square().sum() + 0.1 * posterior.kl().sum()).backward()
     q = theirs.encode(images).latent_dist
     output2 = theirs.decode(q.mean + q.std * noise).sample
@@ -112,6 +112,18 @@ def test_gradients_equal_diffusers():
     assert scale == 0.18215
     assert ours.last_layer is ours.decoder.conv_out.weight
     assert torch.equal(ours(images)[0], ours.decode(ours.encode(images).mode))
+
+
+def test_latents_of_half_the_resolution_are_those_of_the_same_sample():
+    ours, _ = pair()
+    images, noise = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 3, 4, 6)
+    output, posterior, halved = ours(images, noise, halved=True)
+    assert halved.shape == (2, 3, 8, 12)
+    latents = posterior.sample(noise)
+    close(output, ours.decode(latents))
+    pooled = latents.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    close(halved, ours.decode(pooled))
+    assert ours(images, noise)[2] is None
 
 
 def test_norms_have_the_eps_of_diffusers():
@@ -275,11 +287,11 @@ def test_runs_under_autocast_in_bfloat16_and_compiled():
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     close(compiled(images)[0], expected, 1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        output, posterior = ours(images)
+        output, posterior, _ = ours(images)
         output.float().square().sum().backward()
     assert posterior.mean.dtype == torch.float32
     ours.bfloat16()  # pictures and latents stay float32 outside
-    half, posterior = ours(images)
+    half, posterior, _ = ours(images)
     assert (half.dtype, posterior.mean.dtype) == (torch.bfloat16, torch.float32)
     for result in (output, half):
         assert (result.float() - expected).abs().mean() < 0.05 * expected.abs().mean()

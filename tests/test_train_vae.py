@@ -314,6 +314,7 @@ def test_the_perceptual_loss_goes_where_the_pictures_are(
     [
         ({"updates": 0}, "--updates is 0"),
         ({"crop": 17}, "--crop 17 is larger than --size 16"),
+        ({"loss": LossWeights(halved=0.1), "crop": 6}, "--crop 6: expected a multiple of 4"),
         ({"loss": LossWeights(adversarial=1.0)}, "--crop 8: the discriminator needs at least 24"),
         ({"crop": 7}, "--crop 7: expected multiples of 2"),
         ({"size": 17}, "--size 17.*expected multiples of 2"),  # which would show at the first checkpoint only

@@ -66,6 +66,19 @@ def test_total_is_the_weighted_sum_of_the_terms():
     assert autoencoder_loss(output, target, posterior, LossWeights(0, 0, 0, 0))[0] == 0
 
 
+def test_latents_of_half_the_resolution_are_tied_to_the_picture_of_half():
+    output, target = some_pictures()
+    weights = LossWeights(pixel=2.0, squared=3.0, gradient=0.5, kl=0.0, halved=0.25)
+    small = target.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    posterior = Posterior(torch.zeros(2, 4, 1, 2), torch.zeros(2, 4, 1, 2))
+    without = autoencoder_loss(output, target, posterior, weights)[0]
+    exact, _ = autoencoder_loss(output, target, posterior, weights, halved=small)
+    assert exact.item() == pytest.approx(without.item(), abs=1e-6)
+    apart, terms = autoencoder_loss(output, target, posterior, weights, halved=small + 0.1)  # no edge is wrong
+    assert terms["halved"].tolist() == pytest.approx([2 * 0.1 + 3 * 0.01] * 2, abs=1e-5)
+    assert apart.item() == pytest.approx(without.item() + 0.25 * 0.23, abs=1e-5)
+
+
 def test_the_bound_is_that_of_a_gaussian_decoder_of_the_best_variance():
     """Against torch.distributions; no other variance makes it smaller."""
     output, target = some_pictures()
@@ -145,7 +158,7 @@ def test_adaptive_weight_makes_both_pull_equally_at_the_decoder():
     model = Autoencoder(AutoencoderConfig(block_out_channels=(8, 8), norm_num_groups=4))
     critic = PatchDiscriminator(width=8, layers=1)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    output, posterior = model(images)
+    output, posterior, _ = model(images)
     loss, _ = autoencoder_loss(output, images, posterior, LossWeights())
     adversarial = generator_loss(critic(output))
     weight = adaptive_weight(loss, adversarial, model.last_layer, eps=0.0)

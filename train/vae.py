@@ -260,6 +260,8 @@ def main(config: Config) -> Path:
         raise ValueError(
             f"--size {config.size}, --crop {config.crop}: expected multiples of {vae.downscale}, the network's factor"
         )
+    if config.loss.halved and config.crop % (2 * vae.downscale):
+        raise ValueError(f"--crop {config.crop}: expected a multiple of {2 * vae.downscale}, or --loss.halved 0")
     if config.decoder_only:
         for part in (vae.encoder, vae.quant_conv):
             if part is not None:
@@ -306,8 +308,8 @@ def main(config: Config) -> Path:
         noise = noise.to(accelerator.device)
 
         with accelerator.autocast():
-            output, posterior = network(images, noise)
-        loss, terms = autoencoder_loss(output, images, posterior, config.loss, perceptual)
+            output, posterior, halved = network(images, noise, config.loss.halved > 0)
+        loss, terms = autoencoder_loss(output, images, posterior, config.loss, perceptual, halved)
         if weight := adversarial_weight(config.loss, update):
             judge.requires_grad_(False)
             fooled = generator_loss(judge(output.float()))

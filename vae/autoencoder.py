@@ -253,10 +253,18 @@ class Autoencoder(Network):
             z = self.post_quant_conv(z)
         return _in_parts(self.decoder, z, z.shape[2] * z.shape[3] * self.downscale**2)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
-        """One training pass: (reconstruction of a sample of the posterior, or of its mode without noise; posterior)."""
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, halved: bool = False
+    ) -> tuple[Tensor, Posterior, Tensor | None]:
+        """One training pass.
+
+        Returns:
+            The reconstruction of a sample of the posterior, or of its mode without noise; the posterior; with `halved`
+            what the same latents give at half their resolution, [B, out_channels, H / 2, W / 2].
+        """
         posterior = self.encode(images)
-        return self.decode(posterior.mode if noise is None else posterior.sample(noise)), posterior
+        latents = posterior.mode if noise is None else posterior.sample(noise)
+        return self.decode(latents), posterior, self.decode(F.avg_pool2d(latents, 2)) if halved else None
 
     @property
     def last_layer(self) -> Tensor:

@@ -26,6 +26,7 @@ class LossWeights:
     squared: float = 4.0  # their mean squared difference, which PSNR measures
     gradient: float = 0.25  # L1 of the differences between neighbours: edges
     kl: float = 1e-5  # nats for each latent value
+    halved: float = 0.0  # what the latents averaged over 2×2 give, beside the picture averaged likewise
     elbo: float = 0.0  # a plain VAE's bound: 1, and every other weight 0
     perceptual: float = 0.0  # LPIPS, see `load_perceptual`
     adversarial: float = 0.0  # times the adaptive weight
@@ -57,6 +58,20 @@ def gradient_loss(output: Tensor, target: Tensor) -> Tensor:
     return along_y.abs().flatten(1).mean(1) + along_x.abs().flatten(1).mean(1)
 
 
+def halved_loss(halved: Tensor, target: Tensor, weights: LossWeights) -> Tensor:
+    """The pictures' terms at half the resolution, which ties coarse latents to coarse pictures: [B].
+
+    Latents whose fine frequencies are not those of the picture are hard to diffuse (Skorokhodov et al., "Improving the
+    diffusability of autoencoders", 2025, equation 6; Kouzelis et al., "EQ-VAE", 2025, who turn pictures as well).
+    """
+    target = F.avg_pool2d(target, 2)
+    return (
+        weights.pixel * pixel_loss(halved, target)
+        + weights.squared * squared_loss(halved, target)
+        + weights.gradient * gradient_loss(halved, target)
+    )
+
+
 def kl_loss(posterior: Posterior) -> Tensor:
     """KL to the unit normal, in nats for each raw latent value: [B].
 
@@ -84,8 +99,11 @@ def autoencoder_loss(
     posterior: Posterior,
     weights: LossWeights,
     perceptual: Perceptual | None = None,
+    halved: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Everything but the adversarial term.
+
+    halved: [B, C, H / 2, W / 2], what the latents give that were averaged over 2×2, where that has a weight.
 
     Returns:
         The weighted sum, a scalar, and the terms by name before weighting, each [B] and detached.
@@ -103,6 +121,8 @@ def autoencoder_loss(
         terms["squared"] = squared_loss(output, target)
     if weights.gradient:
         terms["gradient"] = gradient_loss(output, target)
+    if weights.halved and halved is not None:
+        terms["halved"] = halved_loss(halved.float(), target, weights)
     if weights.kl:
         terms["kl"] = kl_loss(posterior)
     if weights.elbo:
