@@ -9,6 +9,7 @@ several see the same batches.
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from conditioning.labels import Labels
-from ldm.loss import HybridLoss, denoising_loss, training_noise, training_weight
 from train.batch import Batch, draw_batch
 from train.build import build, optimizer_for
 from train.config import parse
@@ -29,6 +29,7 @@ from train.feed import CachedFeed, open_feed
 from train.launch import Interruption, memory_format, precision, prepare, sharding, start
 from train.learner import Learner
 from train.meter import Meter
+from train.objective import Objective, denoising
 from train.presets import PRESETS, check_model_settings, preset_for
 from train.prior import with_prior
 from train.settings import Config, settled
@@ -65,7 +66,7 @@ MAY_CHANGE = (
 )
 
 
-def main(config: Config) -> Path:
+def main(config: Config, objective: Callable[..., Objective] = denoising) -> Path:
     accelerator = start(
         config.mixed_precision,
         log_with=config.tracker,
@@ -128,12 +129,9 @@ def main(config: Config) -> Path:
             model.conditioner.to("cpu")
 
     # The loss, and what follows its gradient.
-    levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
-    floor, gamma = config.min_snr_floor, config.min_snr_gamma
-    weight = training_weight(config.weight, model.denoiser, levels, gamma=gamma, floor=floor)
-    loss_of = HybridLoss(model.denoiser) if model.learned_variance else partial(denoising_loss, huber=config.huber)
+    goal = objective(model, config, texts)
     windows = longest(model.conditioner, every) if tells(config) else 1
-    learner = Learner(model, partial(loss_of, weight=weight), tells(config), windows)
+    learner = Learner(model, partial(goal.loss, weight=goal.weight), tells(config), windows)
     optimizer = optimizer_for(learner, config, accelerator)
     if config.compile:
         model.denoiser.network = torch.compile(model.unet)  # type: ignore[assignment]
@@ -156,7 +154,7 @@ def main(config: Config) -> Path:
         for micro in range(config.accumulate):
             first = (micro * accelerator.num_processes + rank) * config.batch_size
             batch = draw_batch(config, feed, update, first, global_batch, device, model=model, prior=prior)
-            sigma = levels.sigma(batch.u)
+            sigma = goal.sigma(batch.u)
             told = batch.captions if tells(config) else texts(batch.captions)
             with accelerator.accumulate(learner):  # processes meet in the last step alone
                 with accelerator.autocast():

@@ -1,0 +1,112 @@
+"""Distillation: a student paints in one step what its teacher needs many for, and is a model folder like any other."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import train.ldm
+from conditioning.context import Context
+from pipelines import TextToImagePipeline
+from pipelines.folder import load_model
+from tests.training import COLOURS, Killed, kill_at, state
+from train.distill import PRESETS, Config, main, unconditional
+from train.settings import Config as Settings
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
+@pytest.fixture(scope="module")
+def teacher(pixels: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("teacher")
+    learnt = {"updates": 300, "batch_size": 16, "learning_rate": 8e-3, "warmup": 10, "ema_decay": 0.98}
+    return train.ldm.main(replace(pixels, output=output, steps=10, guidance_scale=1.5, checkpoint_every=300, **learnt))
+
+
+@pytest.fixture(scope="module")
+def config(pixels: Settings, teacher: Path) -> Config:
+    data = {name: getattr(pixels, name) for name in ("data", "cache", "workers", "prompts")}
+    return replace(
+        PRESETS["student"], model=str(teacher), updates=4, batch_size=8, warmup=1, checkpoint_every=2, **data
+    )
+
+
+def error(folder: Path, **call) -> float:
+    """Mean distance of the painted colours from those that were asked for, in grey levels."""
+    pipe = TextToImagePipeline.from_pretrained(folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    painted = pipe([f"a {colour} square" for colour in COLOURS], seed=0, **call).images
+    known = np.stack([np.asarray(Image.new("RGB", (8, 8), colour), np.float32) for colour in COLOURS])
+    return float(np.abs(np.stack([np.asarray(image, np.float32) for image in painted]) - known).mean())
+
+
+@pytest.mark.slow
+def test_one_step_without_guidance_paints_what_many_with_it_do(config: Config, teacher: Path, tmp_path: Path) -> None:
+    job = replace(config, output=tmp_path, steps=1, updates=200, batch_size=16, learning_rate=4e-3, ema_decay=0.95)
+    student = main(replace(job, warmup=10, checkpoint_every=200))
+    alone, before = error(student), error(teacher, sampler="ddim", spacing="trailing", steps=1, guidance_scale=1)
+    assert alone < 0.75 * before
+    assert alone < 1.3 * error(teacher)
+
+
+def test_what_is_saved_says_how_it_is_sampled_and_diffusers_paints_the_same(
+    model_folder: Path, config: Config, tmp_path: Path
+) -> None:
+    student = main(replace(config, model=str(model_folder), output=tmp_path, updates=2, steps=3))
+    defaults = load_model(student).defaults
+    assert (defaults.steps, defaults.guidance_scale, defaults.sampler) == (3, 1.0, "ddim")
+    theirs = StableDiffusionPipeline.from_pretrained(
+        next(tmp_path.glob("checkpoint-*")), safety_checker=None, requires_safety_checker=False
+    )
+    theirs.set_progress_bar_config(disable=True)
+    assert theirs.scheduler.config.timestep_spacing == "trailing"
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    call = {"output_type": "np", "latents": latents}
+    expected = theirs("a red circle", num_inference_steps=3, guidance_scale=1.0, **call).images
+    ours = TextToImagePipeline.from_pretrained(student, device="cpu")
+    np.testing.assert_allclose(ours("a red circle", **call).images, expected, atol=2e-3)
+
+
+def test_a_killed_distillation_ends_the_same(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = state(main(replace(config, output=tmp_path / "whole")))
+    job = replace(config, output=tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            main(job)
+    again = state(main(job))
+    assert all(weight.equal(again["weights"][name]) for name, weight in whole["weights"].items())
+
+
+def test_the_null_is_told_of_what_is_no_text() -> None:
+    def contexts(captions: list[str]) -> Context:
+        n = len(captions)
+        added = {"text_embeds": torch.zeros(n, 2), "time_ids": torch.zeros(n, 6)}
+        return {"encoder_hidden_states": torch.zeros(n, 5, 4), "added_cond_kwargs": added}
+
+    sizes, shown = torch.rand(3, 6), torch.rand(3, 5, 8, 8)
+    told = {"added_cond_kwargs": {"text_embeds": torch.ones(3, 2), "time_ids": sizes}, "concat": shown}
+    null = unconditional(contexts, {"encoder_hidden_states": torch.ones(3, 5, 4), **told}, 3)
+    assert not null["encoder_hidden_states"].any()
+    assert not null["added_cond_kwargs"]["text_embeds"].any()
+    assert null["added_cond_kwargs"]["time_ids"] is sizes
+    assert null["concat"] is shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": ""}, "--model is missing"),
+        ({"substeps": 0}, "--substeps is 0"),
+        ({"token": "<x>"}, "by its U-Net alone"),
+        ({"sampler": "heun"}, "--sampler ddim --guidance-scale 1"),
+        ({"guidance_scale": 3.0}, "--sampler ddim --guidance-scale 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(PRESETS["student"], **settings)

@@ -1,0 +1,122 @@
+"""Distils a model into one of 1 to 4 steps without guidance:  accelerate launch train/distill.py --model runs/mine
+
+The student begins as its teacher, --model, and learns to arrive in one step where the guided teacher arrives in
+--substeps of them (`ldm.consistency`). Of the ways to do this it is the one with a single network to train and no
+adversary, its loss says how far it is, and it is sampled by DDIM's own steps: whatever opens a Stable Diffusion folder
+paints with it, at guidance 1. Distribution matching (DMD, arXiv:2311.18828) can be sharper in one step, for two more
+networks and a balance to keep.
+
+The loop is that of train/ldm.py, with its data, checkpoints and flags; only the loss is another.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from torch import Tensor
+
+import train.ldm
+from conditioning.context import Unconditional
+from ldm.consistency import ConsistencyLoss, Segments
+from ldm.denoiser import Context
+from ldm.guidance import classifier_free
+from ldm.loss import Plain
+from ldm.schedule import step_grid
+from pipelines.folder import Model, load_model
+from train import settings
+from train.config import parse
+from train.objective import Objective
+
+SAMPLER = "ddim"  # over trailing steps, the first of which begins at the last row of the table
+
+
+@dataclass(frozen=True)
+class Config(settings.Config):
+    """Settings of one distillation; those of new models, adapters and words are of no use here."""
+
+    substeps: int = 16  # of the teacher, in each step of the student
+    teacher_guidance: float | None = None  # at which the student learns; None: what --model takes when nothing is said
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("--model is missing: the folder, run or hub id of the model to distil")
+        if self.substeps < 1:
+            raise ValueError(f"--substeps is {self.substeps}: expected at least 1")
+        if self.token or self.inpainting or self.prior or self.train != ("unet",):
+            raise ValueError("a student learns by its U-Net alone: leave out --token, --inpainting, --prior, --train")
+        if self.sampler != SAMPLER or self.guidance_scale != 1:
+            raise ValueError(f"a student is for --sampler {SAMPLER} --guidance-scale 1: leave both out")
+
+
+PRESETS = {
+    "student": Config(
+        model="bundled",
+        data="pictograms",
+        output=Path("runs/student"),
+        steps=4,
+        sampler=SAMPLER,
+        guidance_scale=1.0,
+        caption_dropout=0.0,
+        updates=2000,
+        batch_size=32,
+        learning_rate=5e-4,
+        ema_decay=0.99,
+    ),
+}
+
+
+def distilling(config: Config, steps: int) -> Callable[[Model, settings.Config, Any], Objective]:
+    """The objective of `train.ldm.main`: arriving where the teacher does, in so many steps."""
+
+    def objective(student: Model, _: settings.Config, contexts: Callable[[list[str]], Context]) -> Objective:
+        if student.learned_variance:
+            raise ValueError(f"--model {config.model} has a learned variance, which a student has no use for")
+        teacher = load_model(config.model)
+        device = next(student.unet.parameters()).device
+        teacher.unet.to(device).requires_grad_(False).eval()
+        if student.schedule.entries:  # where there is a table of betas, as other tools read it
+            spaced = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True}
+            student.scheduler = {**student.scheduler, **spaced}
+        spacing = "trailing" if student.schedule.entries else "karras"
+        segments = Segments(step_grid(student.schedule, steps * config.substeps, spacing), config.substeps)
+        defaults = teacher.defaults
+        scale = defaults.guidance_scale if config.teacher_guidance is None else config.teacher_guidance
+        scale = 1.0 if isinstance(teacher.conditioner, Unconditional) else max(1.0, scale)
+
+        def guided(x: Tensor, sigma: Tensor, context: Context) -> Tensor:
+            null = context if scale == 1 else unconditional(contexts, context, len(x))
+            return classifier_free(teacher.denoiser, context, null, scale, interval=defaults.guidance_interval)(
+                x, sigma
+            )
+
+        return Objective(segments.sigma, ConsistencyLoss(guided, segments), Plain(student.denoiser))
+
+    return objective
+
+
+def unconditional(contexts: Callable[[list[str]], Context], context: Context, count: int) -> Context:
+    """The null beside a context, which is told of the sizes and of what else is no text as that is."""
+    null = dict(contexts([""] * count))
+    for name, value in context.items():
+        if isinstance(value, dict):
+            null[name] = {**value, **{k: v for k, v in null.get(name, {}).items() if k != "time_ids"}}
+        elif name not in null:
+            null[name] = value
+    return null
+
+
+def main(config: Config) -> Path:
+    return train.ldm.main(config, distilling(config, config.steps or 4))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(Config, PRESETS, default="student"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

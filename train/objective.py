@@ -1,0 +1,27 @@
+"""What a U-Net is trained to do: which noise levels it sees, and its loss there."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from conditioning.context import Context
+from ldm.loss import HybridLoss, Weight, denoising_loss, training_noise, training_weight
+from pipelines.folder import Model
+from train.settings import Config
+
+
+class Objective(NamedTuple):
+    sigma: Callable[[Tensor], Tensor]  # uniform numbers [B] -> noise levels [B]
+    loss: Callable[..., Tensor]  # as `ldm.loss.denoising_loss`: [B]
+    weight: Weight
+
+
+def denoising(model: Model, config: Config, contexts: Callable[[list[str]], Context] | Any) -> Objective:
+    """Estimates of the clean latents: diffusion training."""
+    levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
+    floor, gamma = config.min_snr_floor, config.min_snr_gamma
+    weight = training_weight(config.weight, model.denoiser, levels, gamma=gamma, floor=floor)
+    loss = HybridLoss(model.denoiser) if model.learned_variance else partial(denoising_loss, huber=config.huber)
+    return Objective(levels.sigma, loss, weight)
