@@ -183,7 +183,7 @@ class Config:
 
 
 PRESETS = {
-    # Of the 10,000 test pictures 76.6% are right after a schedule of a single epoch, 57 s of processor time.
+    # 88.2% of the 10,000 test pictures after 17 min 30 s of processor time.
     "cifar10": Config(output=Path("runs/cifar10-recogniser"), learning_rate=2e-2),
     # 99.65% of the 10,000 test pictures after 1 min 55 s of processor time.
     "mnist": Config(
