@@ -322,7 +322,7 @@ def test_memory_format_is_kept():
 
 
 def test_attention_learns_the_same_in_half_precision() -> None:
-    """By the formula written out, where that is faster, as by PyTorch's own function in float64."""
+    """In float32, which is faster, as by PyTorch's own function in float64."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, 12, generator=draw).requires_grad_() for n in (5, 7, 7))
     mask = torch.zeros(2, 1, 1, 7)

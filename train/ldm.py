@@ -161,7 +161,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
                     losses = learner(batch.x0, told, batch.sizes, sigma, batch.noise, batch.beside, **batch.options)
                 losses = batch.weight * losses
                 loss = losses.mean()
-                _refuse_not_finite("loss", loss, update, batch, config)
+                _refuse_not_finite("loss", loss.detach(), update, batch, config)
                 accelerator.backward(loss)
             meter.add(sigma, losses)
             total += loss.detach() / config.accumulate
