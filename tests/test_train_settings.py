@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import train.ldm
+import train.objective
 import train.watch
 from pipelines.folder import load_model
 from tests.training import COLOURS, UNET
@@ -123,8 +124,8 @@ def test_guidance_interval_and_min_snr_reach_the_model(
     pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict = {}
-    weight = train.ldm.training_weight
-    monkeypatch.setattr(train.ldm, "training_weight", lambda *a, **kw: given.update(kw) or weight(*a, **kw))
+    weight = train.objective.training_weight
+    monkeypatch.setattr(train.objective, "training_weight", lambda *a, **kw: given.update(kw) or weight(*a, **kw))
     config = replace(pixels, weight="min_snr", min_snr_gamma=4.0, min_snr_floor=0.1, guidance_interval=(0.3, 2.0))
     run = main(replace(config, output=tmp_path, zero_snr=True))
     assert load_model(run).defaults.guidance_interval == (0.3, 2.0)
