@@ -101,6 +101,7 @@ def test_the_null_is_told_of_what_is_no_text() -> None:
     ("settings", "words"),
     [
         ({"model": ""}, "--model is missing"),
+        ({"steps": None}, "--steps is missing"),
         ({"substeps": 0}, "--substeps is 0"),
         ({"token": "<x>"}, "by its U-Net alone"),
         ({"sampler": "heun"}, "--sampler ddim --guidance-scale 1"),

@@ -46,6 +46,8 @@ class Config(settings.Config):
         super().__post_init__()
         if not self.model:
             raise ValueError("--model is missing: the folder, run or hub id of the model to distil")
+        if not self.steps:
+            raise ValueError("--steps is missing: those that the student shall need, 4 for instance")
         if self.substeps < 1:
             raise ValueError(f"--substeps is {self.substeps}: expected at least 1")
         if self.token or self.inpainting or self.prior or self.train != ("unet",):
@@ -71,7 +73,7 @@ PRESETS = {
 }
 
 
-def distilling(config: Config, steps: int) -> Callable[[Model, settings.Config, Any], Objective]:
+def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Objective]:
     """The objective of `train.ldm.main`: arriving where the teacher does, in so many steps."""
 
     def objective(student: Model, _: settings.Config, contexts: Callable[[list[str]], Context]) -> Objective:
@@ -84,7 +86,9 @@ def distilling(config: Config, steps: int) -> Callable[[Model, settings.Config, 
             spaced = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True}
             student.scheduler = {**student.scheduler, **spaced}
         spacing = "trailing" if student.schedule.entries else "karras"
-        segments = Segments(step_grid(student.schedule, steps * config.substeps, spacing), config.substeps)
+        segments = Segments(
+            step_grid(student.schedule, (config.steps or 1) * config.substeps, spacing), config.substeps
+        )
         defaults = teacher.defaults
         scale = defaults.guidance_scale if config.teacher_guidance is None else config.teacher_guidance
         scale = 1.0 if isinstance(teacher.conditioner, Unconditional) else max(1.0, scale)
@@ -112,7 +116,7 @@ def unconditional(contexts: Callable[[list[str]], Context], context: Context, co
 
 
 def main(config: Config) -> Path:
-    return train.ldm.main(config, distilling(config, config.steps or 4))
+    return train.ldm.main(config, distilling(config))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 KEYS = ("exp_avg", "exp_avg_sq")  # the moments of AdamW
-TYPES = {"bf16": "bfloat16"}
 
 
 def settle(accelerator: Accelerator) -> None:
@@ -36,7 +35,7 @@ def settle(accelerator: Accelerator) -> None:
     if precision == "bf16":
         config["bf16"]["enabled"] = False
         # An empty list: no gradients travel in bfloat16.
-        config["torch_autocast"] = {"enabled": True, "dtype": TYPES["bf16"], "lower_precision_safe_modules": []}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 def precision(accelerator: Accelerator) -> str:
