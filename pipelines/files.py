@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipelines.quantized import dequantize, quantize
 from vae.autoencoder import Autoencoder
 
 STEM = "diffusion_pytorch_model"
@@ -37,14 +38,14 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_weights(folder: Path, stem: str = STEM, variant: str | None = None) -> dict[str, Tensor]:
-    """All tensors of a network: one safetensors file or its shards, of the variant asked for if there are both.
+    """All tensors of a network: one safetensors file or its shards, of the variant asked for if there are several.
 
-    variant: None or "fp16", as in diffusers: the 16-bit files, named so.
+    variant: None or "fp16", as in diffusers: the 16-bit files, named so. 8-bit ones come last.
     Raises ValueError when there is none (pickled weights are not opened), or when a file is truncated.
     """
     plain = [f"{stem}.safetensors.index.json", f"{stem}.safetensors"]
     half = [f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors"]
-    names = half + plain if variant else plain + half
+    names = [*(half + plain if variant else plain + half), f"{stem}.int8.safetensors"]
     files = [folder / name for name in names if (folder / name).is_file()][:1]
     if files and files[0].suffix == ".json":
         files = [folder / name for name in sorted(set(read_json(files[0])["weight_map"].values()))]
@@ -57,7 +58,7 @@ def read_weights(folder: Path, stem: str = STEM, variant: str | None = None) -> 
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= read_tensors(file)[0]
-    return weights
+    return dequantize(weights)
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -86,11 +87,18 @@ def open_network(kind: Any, folder: Path) -> Any:
 
 
 def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes config.json and the weights, stored as `dtype` (as they are by default), for diffusers to open."""
+    """Writes config.json and the weights, stored as `dtype` (as they are by default), for diffusers to open.
+
+    torch.int8: `quantize`d, in a file named so, which diffusers does not read.
+    """
     write_json(folder / "config.json", network.config.to_dict())  # type: ignore[operator, union-attr]
-    weights = {name: w.detach().to("cpu", dtype).contiguous() for name, w in network.state_dict().items()}
-    save_file(weights, folder / f"{STEM}.safetensors", metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / f"{STEM}.safetensors")  # safetensors lets only the owner read
+    weights, file, former = network.state_dict(), folder / f"{STEM}.safetensors", folder / f"{STEM}.int8.safetensors"
+    if dtype is torch.int8:
+        weights, file, former, dtype = quantize(weights), former, file, None
+    weights = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    former.unlink(missing_ok=True)  # of a model that was here before: it might be read instead
+    shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read
 
 
 def load_autoencoder(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Autoencoder:

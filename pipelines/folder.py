@@ -230,6 +230,7 @@ def for_atelier_alone(model: Model) -> str:
 def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the whole model; floating-point weights are stored as `dtype`, by default as they are.
 
+    dtype: torch.int8 stores all but the text encoder (float16) in 8 bits; diffusers does not read such a folder.
     Raises ValueError, before anything is written, for conditioning that has no layout, such as open_clip's.
     """
     check_saved(model.conditioner)
@@ -241,11 +242,11 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
     notes: dict[str, Any] = {**asdict(model.defaults), "vae": type(model.vae).__name__}
     if isinstance(model.vae, Identity):
         notes["channels"] = model.vae.latent_channels
-    notes |= save_conditioner(model.conditioner, folder, dtype)
+    notes |= save_conditioner(model.conditioner, folder, torch.float16 if dtype is torch.int8 else dtype)
     if model.codes is not None:
         save_network(model.codes, folder / "codes", dtype)
     write_json(folder / "atelier.json", notes)
-    if not for_atelier_alone(model):
+    if dtype is not torch.int8 and not for_atelier_alone(model):
         assert isinstance(model.conditioner, ClipTextEncoder | ClipTextPair)
         index = {
             "_class_name": (XL_KINDS if model.xl else KINDS)[model.inpaints],

@@ -142,6 +142,8 @@ class OpenedModel:
         SDXL's kind) opens and paints the same from.
 
         LoRAs in use are in the weights, embeddings in the tokenizer and the text encoder.
+        dtype: what the weights are stored as; by default what they are in here. torch.int8 is for the smallest folder,
+        which only Atelier opens.
         Raises ValueError for a model that such a folder cannot describe (a flow, EDM, labels), before writing.
         """
         if reason := for_atelier_alone(self.model):
