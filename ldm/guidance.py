@@ -89,6 +89,22 @@ def classifier_guided(
     return guided
 
 
+def autoguided(denoise: Denoise, weaker: Denoise, scale: float) -> Denoise:
+    """Autoguidance (arXiv:2406.02507, section 4): weaker + scale * (denoise - weaker), away from a model's mistakes.
+
+    The weaker one is asked the same: a smaller network, or an early checkpoint, whose mistakes are the same and larger.
+    Scale 1 is `denoise` alone; either may be guided by other means already.
+    """
+    if scale == 1:
+        return denoise
+
+    def guided(x: Tensor, sigma: Tensor | float) -> Tensor:
+        poor = weaker(x, sigma)
+        return poor + scale * (denoise(x, sigma) - poor)
+
+    return guided
+
+
 def _joined(uncond: Mapping[str, Any], cond: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     """Both contexts as one batch, the null first."""
     if uncond.keys() != cond.keys():

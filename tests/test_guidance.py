@@ -6,7 +6,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import nn
 
 from ldm.denoiser import Denoiser
-from ldm.guidance import classifier_free, classifier_guided
+from ldm.guidance import autoguided, classifier_free, classifier_guided
 from ldm.schedule import RectifiedFlow, VariancePreserving
 
 VP = VariancePreserving.scaled_linear()
@@ -177,3 +177,19 @@ def test_classifier_guidance_at_other_scales_adds_so_much_of_the_gradient():
     guided = classifier_guided(denoise_all, lambda p, s: log_parts(p, s).log_softmax(1)[:, 0], scale)(x, sigma)
     expected = denoise_all(x, sigma) + scale * (denoise_part(x, sigma, 0) - denoise_all(x, sigma))
     torch.testing.assert_close(guided, expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.5])
+def test_autoguidance_is_the_score_of_the_powers_product(scale):
+    """Two normals: p1^w p0^(1 - w) is a normal too, of precision w P1 + (1 - w) P0, at each noise level."""
+
+    def normal(mean, deviation):
+        return lambda x, sigma: (deviation**2 * x + sigma**2 * mean) / (deviation**2 + sigma**2)
+
+    sigma = 0.8
+    good, poor = (0.3, 0.5), (-0.2, 1.5)
+    precision = [1 / (deviation**2 + sigma**2) for _, deviation in (good, poor)]
+    whole = scale * precision[0] + (1 - scale) * precision[1]
+    centre = (scale * precision[0] * good[0] + (1 - scale) * precision[1] * poor[0]) / whole
+    got = autoguided(normal(*good), normal(*poor), scale)(X, sigma)
+    torch.testing.assert_close((got - X) / sigma**2, -whole * (X - centre))
