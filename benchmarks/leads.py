@@ -1,0 +1,313 @@
+"""What might make the bundled model better, one change at a time, the same short training each:
+
+    python benchmarks/leads.py --vae runs/bundled-vae --clip runs/bundled-clip --judge runs/pictograms-recogniser
+
+A small U-Net between the bundled model's autoencoder and text encoder sees as many pictograms every time, with one
+thing changed. Of each: what the judge finds right (objects, styles) in samples of pairs trained on and held out, the
+Fréchet distance of all these to fresh drawings in the judge's features, the validation error by noise level, and an
+update's time beside the base's. What the project has no flag for is changed here. Runs that were killed go on.
+"""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+import train.ldm
+from pipelines import TextToImagePipeline
+from train.evaluate import UNSEEN, draw_rows, judged, open_pictogram_judge
+from train.extractors import open_extractor
+from train.metrics import Moments, frechet_distance
+from train.objective import Objective, denoising
+from train.pictograms import captions, paint, things
+from train.settings import SMALL, Config
+from train.state import EMA
+
+Goal = Callable[..., Objective]
+RESULTS = Path(__file__).parent / "results"
+EVERYWHERE = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+UNET = replace(
+    SMALL,
+    block_out_channels=(48, 96, 160),
+    norm_num_groups=8,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    vae: str
+    clip: str  # a run of train/clip.py
+    judge: Path  # a run of train/recogniser.py --preset pictograms
+    leads: tuple[str, ...] = ()  # by default all
+    updates: int = 800
+    batch: int = 64
+    prompts: int = 200  # pairs that were trained on, and as many held out
+    size: int | None = None  # of the pictures; by default the autoencoder's
+    out: Path = RESULTS / "leads.json"
+    work: Path = Path("runs/leads")
+    cache: Path = Path("cache")
+    workers: int = 1
+
+
+@contextmanager
+def as_it_is(_: Options) -> Iterator[Goal]:
+    yield denoising
+
+
+@contextmanager
+def replaced(**functions: Any) -> Iterator[None]:
+    """Inside, train/ldm.py calls these."""
+    before = {name: getattr(train.ldm, name) for name in functions}
+    for name, function in functions.items():
+        setattr(train.ldm, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(train.ldm, name, function)
+
+
+@contextmanager
+def soft_min_snr(_: Options) -> Iterator[Goal]:
+    """gamma SNR / (SNR + gamma) on x_0's square error, gamma 4 (arXiv:2401.11605, section 3.4)."""
+    yield lambda *given: denoising(*given)._replace(weight=lambda sigma: 4 / (1 + 4 * sigma**2))
+
+
+@contextmanager
+def immiscible(_: Options) -> Iterator[Goal]:
+    """The noises of a batch go to the pictures that they are nearest to, as an assignment (arXiv:2406.12303)."""
+    draw = train.ldm.draw_batch
+
+    def assigned(*given: Any, **named: Any) -> Any:
+        batch = draw(*given, **named)
+        distances = torch.cdist(batch.x0.flatten(1), batch.noise.flatten(1))
+        batch.noise = batch.noise[torch.from_numpy(linear_sum_assignment(distances.numpy())[1])]
+        return batch
+
+    with replaced(draw_batch=assigned):
+        yield denoising
+
+
+@contextmanager
+def power_ema(_: Options) -> Iterator[Goal]:
+    """The power-function average (arXiv:2312.02696, equation 1) that is a tenth of the training wide."""
+
+    class PowerEMA(EMA):
+        @torch.no_grad()
+        def step(self, update: int) -> None:
+            decay = (1 - 1 / (update + 1)) ** 7.94
+            torch._foreach_lerp_(self.weights, [p.float() for p in self.source], 1 - decay)
+
+    with replaced(EMA=PowerEMA):
+        yield denoising
+
+
+@contextmanager
+def aligned(options: Options) -> Iterator[Goal]:
+    """The middle of the U-Net shall point where this project's CLIP sees the clean picture, for the first 40% of the
+    updates (after REPA, arXiv:2410.06940; without its projector: the first channels are taken as they are)."""
+    clip = open_extractor(options.clip)
+    known: dict[int, Tensor] = {}  # row -> feature; each picture is decoded and seen once
+    now: dict[str, Any] = {}
+    build, draw = train.ldm.build, train.ldm.draw_batch
+
+    def hooked(*given: Any) -> Any:
+        model = now["model"] = build(*given)
+        model.unet.mid_block.register_forward_hook(lambda _, __, output: now.update(middle=output))  # type: ignore
+        return model
+
+    def noted(config: Config, feed: Any, update: int, first: int, whole: int, *given: Any, **named: Any) -> Any:
+        batch = draw(config, feed, update, first, whole, *given, **named)
+        rows = feed.order(update, first, config.batch_size, whole)[1].tolist()
+        now["wanted"] = None
+        if update < 0.4 * config.updates:
+            if new := [i for i, row in enumerate(rows) if row not in known]:
+                known.update(zip([rows[i] for i in new], features(batch.x0[new]), strict=True))
+            now["wanted"] = torch.stack([known[row] for row in rows])
+        return batch
+
+    @torch.no_grad()
+    def features(latents: Tensor) -> Tensor:
+        pixels = ((now["model"].vae.decode(latents).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return F.normalize(clip([picture.permute(1, 2, 0).numpy() for picture in pixels]).float(), dim=1)
+
+    def goal(*given: Any) -> Objective:
+        plain = denoising(*given)
+
+        def loss(*args: Any, **options: Any) -> Tensor:
+            losses, wanted = plain.loss(*args, **options), now.get("wanted")
+            if wanted is None or not torch.is_grad_enabled():
+                return losses
+            width = wanted.shape[1]
+            found = F.normalize(now["middle"].float().mean((2, 3))[:, :width], dim=1)
+            return losses + 0.5 * (1 - (found * wanted).sum(1))
+
+        return plain._replace(loss=loss)
+
+    with replaced(build=hooked, draw_batch=noted):
+        yield goal
+
+
+@dataclass(frozen=True)
+class Lead:
+    what: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    twist: Callable[[Options], Any] = as_it_is
+
+
+LEADS = {
+    "base": Lead("Muon 3e-3, v on Stable Diffusion's betas, log-normal noise about 1.1 ± 1.4, no attention at 16×16"),
+    "muon-2e-3": Lead("Muon at 2e-3", {"learning_rate": 2e-3}),
+    "muon-5e-3": Lead("Muon at 5e-3", {"learning_rate": 5e-3}),
+    "adamw": Lead("AdamW at 1e-3", {"optimizer": "adamw", "learning_rate": 1e-3}),
+    "attention": Lead(
+        "attention at 16×16, too",
+        {"unet": replace(UNET, down_block_types=EVERYWHERE[0], up_block_types=EVERYWHERE[1])},
+    ),
+    "noise-0.4": Lead("noise about 0.4", {"noise_mean": 0.4}),
+    "noise-1.8": Lead("noise about 1.8", {"noise_mean": 1.8}),
+    "uniform": Lead("rows of the table, evenly", {"noise": "uniform", "noise_mean": None, "noise_std": None}),
+    "flow": Lead("straight paths, velocity", {"path": "flow", "prediction": "velocity"}),
+    "min-snr": Lead("min-SNR, 5", {"weight": "min_snr"}),
+    "soft-min-snr": Lead("soft min-SNR, 4", twist=soft_min_snr),
+    "offset": Lead("offset noise, 0.05", {"offset_noise": 0.05}),
+    "immiscible": Lead("noise assigned within the batch", twist=immiscible),
+    "aligned": Lead("middle aligned with CLIP", twist=aligned),
+    "ema-short": Lead("EMA over 20 updates", {"ema_decay": 0.95}),
+    "ema-power": Lead("power-function EMA, a tenth of the training", twist=power_ema),
+}
+
+
+def config_of(name: str, options: Options) -> Config:
+    base = Config(
+        data="pictograms",
+        output=options.work / name,
+        vae=options.vae,
+        text_encoder=options.clip,
+        unet=UNET,
+        size=options.size,
+        updates=options.updates,
+        batch_size=options.batch,
+        learning_rate=3e-3,
+        warmup=100,
+        ema_decay=0.99,
+        noise_mean=1.1,
+        noise_std=1.4,
+        checkpoint_every=options.updates,
+        mixed_precision="bf16",
+        cache=options.cache,
+        workers=options.workers,
+        keep=1,
+    )
+    return replace(base, **LEADS[name].changes)
+
+
+def trained(name: str, options: Options) -> dict[str, Any]:
+    """A lead's training, or what is kept of it: seconds of an update, validation errors by noise level."""
+    config = config_of(name, options)
+    kept = config.output / "lead.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    times: list[float] = []
+    errors: dict[str, float] = {}
+    validate = train.ldm.validate
+
+    def noted(*given: Any) -> dict[str, float]:
+        errors.update(validate(*given))
+        return errors
+
+    with LEADS[name].twist(options) as goal:
+        draw = train.ldm.draw_batch
+
+        def timed(*given: Any, **named: Any) -> Any:  # once an update
+            times.append(time.perf_counter())
+            return draw(*given, **named)
+
+        with replaced(validate=noted, draw_batch=timed):
+            train.ldm.main(config, goal)
+    found = {"seconds_per_update": float(np.median(np.diff(times[len(times) // 2 :]))), "errors": errors}
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def painted(name: str, options: Options) -> dict[str, float]:
+    """What the judge says of a lead's samples: shares of right objects and styles, a distance to fresh drawings."""
+    pipe = TextToImagePipeline.from_pretrained(options.work / name)
+    pipe.set_progress_bar_config(disable=True)
+    objects = tuple(name for name, thing in things().items() if thing.everyday)
+    judge, extractor = open_pictogram_judge(options.judge, objects), open_extractor(str(options.judge))
+    found: dict[str, float] = {}
+    images, drawings = [], []
+    for split in ("train", "held_out"):
+        rows = draw_rows(split, options.prompts, objects, 0, None)
+        asked = [captions(*row[:3])[0] for row in rows]
+        mine = []
+        for i in range(0, len(asked), 50):
+            mine += pipe(asked[i : i + 50], seed=i).images
+        found |= {f"{split}_{task}": share for task, share in judged(judge, mine, rows).items()}
+        images += mine
+        drawings += [paint(*row[:3], pipe.model.size, UNSEEN) for row in rows]
+    ours, theirs = (Moments.of([extractor([np.asarray(p) for p in pictures])]) for pictures in (images, drawings))
+    return found | {"distance": frechet_distance(ours, theirs), "samples": len(images)}
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [row["lead"] for row in rows][::-1]
+    columns = {
+        "held_out_object": "right objects, held-out pairs",
+        "held_out_style": "right styles, held-out pairs",
+        "distance": "Fréchet distance, judge's features",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(13, 0.32 * len(rows) + 1.2), sharey=True, layout="constrained")
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        axis.barh(names, [row[column] for row in rows][::-1], color=["0.6"] * (len(rows) - 1) + ["tab:blue"])
+        axis.axvline(rows[0][column], color="tab:blue", linewidth=0.8)
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3, axis="x")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(options: Options) -> None:
+    if unknown := set(options.leads) - set(LEADS):
+        raise ValueError(f"no lead {min(unknown)!r}: there are {', '.join(LEADS)}")
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys(("base", *(options.leads or LEADS))):
+        about = {"lead": name, "what": LEADS[name].what, **trained(name, options), **painted(name, options)}
+        rows.append(about | {"time": about["seconds_per_update"] / (rows or [about])[0]["seconds_per_update"]})
+        settings = {key: getattr(options, key) for key in ("updates", "batch", "prompts", "size")}
+        said = {"settings": settings, "machine": platform.processor() or platform.machine(), "rows": rows}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(said, indent=2) + "\n")
+        plot(rows, options.out.with_suffix(".png"))
+        line = "{lead}: objects {train_object:.1%} / {held_out_object:.1%}, styles {train_style:.1%} / "
+        line += "{held_out_style:.1%}, distance {distance:.3g}, time {time:.2f}"
+        print(line.format(**rows[-1]))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

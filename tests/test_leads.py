@@ -1,0 +1,112 @@
+"""The benchmarks of recipes and of new things: each change does what it says and only inside; 20 pictures are 20."""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import train.ldm
+from pipelines import TextToImagePipeline
+from pipelines.folder import load_model
+from train.pictograms import GROUNDS, STYLES, things
+from train.settings import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def leads() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "leads.py"))
+
+
+@pytest.fixture(scope="module")
+def options(leads: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return leads["Options"]("bundled", "nowhere", Path("nowhere"), work=tmp_path_factory.mktemp("leads"))
+
+
+def test_every_lead_is_one_change_of_the_base(leads: dict[str, Any], options: Any) -> None:
+    base = leads["config_of"]("base", options)
+    twisted = 0
+    for name, lead in leads["LEADS"].items():
+        config = leads["config_of"](name, options)  # which refuses settings that make no sense
+        same = replace(config, output=base.output, **{key: getattr(base, key) for key in lead.changes})
+        assert same == base
+        plain = lead.twist is leads["as_it_is"]
+        twisted += not plain
+        assert (config == replace(base, output=config.output)) == (not plain or name == "base")
+    assert twisted >= 4
+
+
+@pytest.mark.parametrize("name", ["soft-min-snr", "immiscible", "ema-power"])
+def test_a_change_ends_with_its_block(leads: dict[str, Any], options: Any, name: str) -> None:
+    before = dict(vars(train.ldm))
+    with leads["LEADS"][name].twist(options):
+        inside = dict(vars(train.ldm))
+    assert vars(train.ldm) == before
+    assert (inside != before) == (name != "soft-min-snr")
+
+
+def test_soft_min_snr_is_half_the_harmonic_mean_with_gamma(
+    leads: dict[str, Any], options: Any, model_folder: Path
+) -> None:
+    sigma = torch.logspace(-2, 2, 9)
+    with leads["soft_min_snr"](options) as goal:
+        weight = goal(load_model(model_folder), Config(), None).weight(sigma)
+    torch.testing.assert_close(1 / weight, sigma**2 + 1 / 4)
+
+
+def test_immiscible_noise_is_the_batchs_own_and_nearer(
+    leads: dict[str, Any], options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 8, 1, 2, 2, generator=draw)
+    monkeypatch.setattr(train.ldm, "draw_batch", lambda: SimpleNamespace(x0=x0, noise=noise))
+    with leads["immiscible"](options):
+        given = train.ldm.draw_batch().noise  # type: ignore[call-arg]
+    order = torch.cdist(given.flatten(1), noise.flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == list(range(8))
+    assert torch.equal(given, noise[order])
+    assert (given - x0).flatten(1).norm(dim=1).sum() < (noise - x0).flatten(1).norm(dim=1).sum()
+
+
+def test_the_power_function_average_weighs_updates_by_a_power(leads: dict[str, Any], options: Any) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    with leads["power_ema"](options):
+        ema = train.ldm.EMA([weight], 0.5)
+        for update in range(200):
+            weight.data.fill_(float(update + 1))
+            ema.step(update)
+    # the mean of t under a density of t^6.94 on [0, 200]
+    assert float(ema.weights[0]) == pytest.approx(200 * 7.94 / 8.94, rel=0.01)
+
+
+def test_the_twenty_pictures_and_what_is_asked_for_afterwards(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = runpy.run_path(str(ROOT / "benchmarks" / "new_thing.py"))
+    few = new["Options"](model=str(model_folder), work=tmp_path, old=2)
+    assert not things()[few.object].everyday
+    assert len(new["draw"](few)) == len(list((tmp_path / "pictures").glob("*.png"))) == 20
+    said = [file.read_text() for file in sorted((tmp_path / "pictures").glob("*.txt"))]
+    assert len(set(said)) == 20
+    assert all("zog the dragon" in line for line in said)
+
+    asked: list[str] = []
+
+    def remembered(pipe: TextToImagePipeline, prompts: list[str]) -> list[Any]:
+        asked.extend(prompts)
+        return [new["paint"](few.object, "plain", "white", 32, 1) for _ in prompts]
+
+    monkeypatch.setitem(new["ask"].__globals__, "asked", remembered)
+    rows = new["unseen"](few)
+    assert len(rows) == len(STYLES) * len(GROUNDS) - 20
+    known = tuple(name for name, thing in things().items() if thing.everyday)[:5]
+    found, shown, prompts = new["ask"](few, str(model_folder), rows, known)
+    assert not {line.strip() for line in said} & set(asked)
+    assert len(shown) == len(prompts) >= 8
+    assert found["new_prompts"] == len(rows)
+    assert found["old_train"] == found["old_held_out"] == 0  # it painted nothing but dragons
