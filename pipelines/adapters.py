@@ -1,7 +1,8 @@
 """LoRA (arXiv:2106.09685): small files of low-rank changes, merged into the weights of a model to paint with.
 
 W becomes W + weight * alpha / rank * B A, so a picture costs what it cost without. What was replaced is kept, and
-comes back to the bit. Files of diffusers, peft and kohya's scripts (as most on the hub are) are understood.
+comes back to the bit. Files of diffusers, peft and kohya's scripts (as most on the hub are) are understood. Where this
+project's training left atelier.json beside the file, a call takes its steps, guidance and sampler when nothing is said.
 """
 
 import json
@@ -9,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from pipelines.find import find_file
 from pipelines.folder import Model
 from pipelines.original import diffusers_name
 
+CALLED = ("steps", "guidance_scale", "sampler")  # of a model's defaults
 PEFT_NAME = "adapter_model.safetensors"
 NOTES = "lora_adapter_metadata"  # diffusers' entry in the header: peft's settings, each with its part before it
 
@@ -65,14 +68,17 @@ class Loras:
 
     def __init__(self, model: Model):
         self.model = model
+        self.own = model.defaults, model.scheduler
         self.weights: dict[str, float] = {}
+        self._notes: dict[str, dict[str, Any]] = {}
         self._factors: dict[str, dict[str, Factors]] = {}
         self._replaced: dict[str, Tensor] = {}  # layer -> its own weight, on the CPU
 
     def load(self, where: str | Path, weight: float = 1.0) -> None:
         """Merges a file (`read_lora`); one that is loaded already is read again and gets the new weight."""
-        factors = read_lora(where, self.model)
+        factors, notes = read_lora(where, self.model), painting_notes(where)
         self._set(str(where), weight)
+        self._notes[str(where)] = notes
         self._factors[str(where)] = factors
         self._merge()
 
@@ -85,7 +91,7 @@ class Loras:
 
     def unload(self) -> None:
         """Removes all: every weight is what it was."""
-        self.weights, self._factors = {}, {}
+        self.weights, self._factors, self._notes = {}, {}, {}
         self._merge()
 
     def _set(self, name: str, weight: float) -> None:
@@ -107,6 +113,18 @@ class Loras:
                     merged = merged + self.weights[lora] * factors[name].scale * (up @ down).view_as(merged)
             weight.copy_(merged)
         self._replaced = {name: own for name, own in self._replaced.items() if name in changed}
+        self.model.defaults, self.model.scheduler = self.own
+        for lora, notes in self._notes.items():
+            if self.weights[lora]:
+                called = {key: value for key, value in notes.items() if key in CALLED}
+                self.model.defaults = replace(self.model.defaults, **called)
+                self.model.scheduler = {**self.model.scheduler, **notes.get("scheduler", {})}
+
+
+def painting_notes(where: str | Path) -> dict[str, Any]:
+    """What training said of painting with a LoRA: `CALLED`, and entries of the scheduler's config."""
+    beside = find_file(where, (NAME, PEFT_NAME)).with_name("atelier.json")
+    return read_json(beside) if beside.is_file() else {}
 
 
 def layers_of(model: Model) -> dict[str, nn.Module]:

@@ -102,7 +102,8 @@ class OpenedModel:
         return dict(self._loras.weights)
 
     def load_lora(self, where: str | Path, weight: float = 1.0) -> None:
-        """Merges a LoRA into the weights (arXiv:2106.09685); several add up.
+        """Merges a LoRA into the weights (arXiv:2106.09685); several add up. One that was trained to be painted with in
+        so many steps, such as a student (train/distill.py), changes what a call takes when nothing is said.
 
         Args:
             where: a .safetensors file of diffusers, peft or kohya's scripts, a folder or training run that has one, a

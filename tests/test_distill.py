@@ -71,6 +71,34 @@ def test_what_is_saved_says_how_it_is_sampled_and_diffusers_paints_the_same(
     np.testing.assert_allclose(ours("a red circle", **call).images, expected, atol=2e-3)
 
 
+def test_a_student_may_be_a_small_file_that_says_how_it_is_sampled(
+    model_folder: Path, config: Config, tmp_path: Path
+) -> None:
+    targets = ("conv1", "conv2", "to_q", "to_out.0")
+    job = replace(config, model=str(model_folder), output=tmp_path, updates=2, steps=3, warmup=1, learning_rate=0.1)
+    student = main(replace(job, lora_rank=2, lora_targets=targets))
+    pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu")
+    before, scheduler = pipe.model.defaults, pipe.model.scheduler
+    call = {"output_type": "np", "latents": torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))}
+    plain = pipe("a red circle", **call).images
+
+    pipe.load_lora(student)
+    defaults = pipe.model.defaults
+    assert (defaults.steps, defaults.guidance_scale, defaults.sampler) == (3, 1.0, "ddim")
+    assert pipe.model.scheduler["timestep_spacing"] == "trailing"
+    said = {"steps": 3, "guidance_scale": 1.0, "sampler": "ddim", "spacing": "trailing"}
+    fast = pipe("a red circle", **call).images
+    np.testing.assert_array_equal(fast, pipe("a red circle", **said, **call).images)
+
+    pipe.set_lora(student, 0.0)  # without it, its steps would be too few
+    assert pipe.model.defaults == before
+    pipe.set_lora(student, 1.0)
+    np.testing.assert_array_equal(fast, pipe("a red circle", **call).images)
+    pipe.unload_loras()
+    assert (pipe.model.defaults, pipe.model.scheduler) == (before, scheduler)
+    np.testing.assert_array_equal(plain, pipe("a red circle", **call).images)
+
+
 def test_a_killed_distillation_ends_the_same(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = state(main(replace(config, output=tmp_path / "whole")))
     job = replace(config, output=tmp_path / "killed")

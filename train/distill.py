@@ -37,7 +37,8 @@ SAMPLER = "ddim"  # over trailing steps, the first of which begins at the last r
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    """Settings of one distillation; those of new models, adapters and words are of no use here."""
+    """Settings of one distillation; those of new models and words are of no use here. With --lora-rank the student is a
+    small file beside its teacher."""
 
     substeps: int = 16  # of the teacher, in each step of the student
     teacher_guidance: float | None = None  # at which the student learns; None: what --model takes when nothing is said

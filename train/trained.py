@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor
 from conditioning.clip import PREFIX, ClipTextEncoder
 from conditioning.pair import ClipTextPair
 from ldm.unet import UNet
-from pipelines.adapters import NAME, save_lora
+from pipelines.adapters import CALLED, NAME, save_lora
 from pipelines.embeddings import NAME as LEARNED
 from pipelines.embeddings import PAIR as PAIR_KEYS
 from pipelines.embeddings import save_embedding
-from pipelines.files import read_tensors, write_json
+from pipelines.files import read_json, read_tensors, write_json
+from pipelines.find import find_model
 from pipelines.folder import Model, save_model
 from train.settings import LORA_TARGETS, Config
 from train.state import whole
@@ -124,7 +125,11 @@ def save_trained(model: Model, config: Config, folder: Path) -> None:
     networks = networks_of(model, config)
     factors = {part: whole(get_peft_model_state_dict(network)) for part, network in networks.items()}
     save_lora(folder, factors, dict.fromkeys(networks, config.lora_alpha or config.lora_rank))
-    write_json(folder / "atelier.json", {"base": config.model, "data": config.data})
+    said = {name: getattr(config, name) for name in CALLED if getattr(config, name) is not None}
+    base = read_json(find_model(config.model) / "scheduler" / "scheduler_config.json")
+    if changed := {key: value for key, value in model.scheduler.items() if base.get(key) != value}:
+        said["scheduler"] = changed
+    write_json(folder / "atelier.json", {"base": config.model, "data": config.data, **said})
 
 
 def unsharded(model: Model) -> Model:
