@@ -8,13 +8,13 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
 from conditioning.text import windows
 from conditioning.tokenizer import ClipTokenizer
+from pipelines.files import read_weights
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"  # open_clip's own names
 
@@ -83,12 +83,13 @@ class Judge:
 def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> Judge:
     """Opens the `clip` folder of a training; ValueError when it is none."""
     folder = Path(folder)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+    stem = WEIGHTS.removesuffix(".safetensors")
+    if not (folder / CONFIG).is_file() or not list(folder.glob(f"{stem}*.safetensors")):
         raise ValueError(f"{folder}: no CLIP here; expected {CONFIG} and {WEIGHTS}, as train/clip.py writes them")
     try:
         model = open_clip.CLIP(**json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"])
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        model.load_state_dict(read_weights(folder, stem))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: the files are broken or not of one model: {error}") from error
     return Judge(model.to(device), ClipTokenizer.from_folder(folder))
 
