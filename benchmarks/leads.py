@@ -246,20 +246,22 @@ def trained(name: str, options: Options) -> dict[str, Any]:
     return found
 
 
-def painted(name: str, options: Options) -> dict[str, float]:
-    """What the judge says of a lead's samples: shares of right objects and styles, a distance to fresh drawings."""
-    pipe = TextToImagePipeline.from_pretrained(options.work / name)
+def painted(pipe: TextToImagePipeline, where: Path, prompts: int, **call: Any) -> dict[str, float]:
+    """What the judge says of samples: shares of right objects and styles, a Fréchet distance to fresh drawings.
+
+    where: the judge. prompts: pairs trained on, and as many held out. call: more arguments of the pipeline.
+    """
     pipe.set_progress_bar_config(disable=True)
     objects = tuple(name for name, thing in things().items() if thing.everyday)
-    judge, extractor = open_pictogram_judge(options.judge, objects), open_extractor(str(options.judge))
+    judge, extractor = open_pictogram_judge(where, objects), open_extractor(str(where))
     found: dict[str, float] = {}
     images, drawings = [], []
     for split in ("train", "held_out"):
-        rows = draw_rows(split, options.prompts, objects, 0, None)
+        rows = draw_rows(split, prompts, objects, 0, None)
         asked = [captions(*row[:3])[0] for row in rows]
         mine = []
         for i in range(0, len(asked), 50):
-            mine += pipe(asked[i : i + 50], seed=i).images
+            mine += pipe(asked[i : i + 50], seed=i, **call).images
         found |= {f"{split}_{task}": share for task, share in judged(judge, mine, rows).items()}
         images += mine
         drawings += [paint(*row[:3], pipe.model.size, UNSEEN) for row in rows]
@@ -294,7 +296,9 @@ def main(options: Options) -> None:
         raise ValueError(f"no lead {min(unknown)!r}: there are {', '.join(LEADS)}")
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(("base", *(options.leads or LEADS))):
-        about = {"lead": name, "what": LEADS[name].what, **trained(name, options), **painted(name, options)}
+        about = {"lead": name, "what": LEADS[name].what, **trained(name, options)}
+        pipe = TextToImagePipeline.from_pretrained(options.work / name)
+        about |= painted(pipe, options.judge, options.prompts)
         rows.append(about | {"time": about["seconds_per_update"] / (rows or [about])[0]["seconds_per_update"]})
         settings = {key: getattr(options, key) for key in ("updates", "batch", "prompts", "size")}
         said = {"settings": settings, "machine": platform.processor() or platform.machine(), "rows": rows}

@@ -110,3 +110,16 @@ def test_the_twenty_pictures_and_what_is_asked_for_afterwards(
     assert len(shown) == len(prompts) >= 8
     assert found["new_prompts"] == len(rows)
     assert found["old_train"] == found["old_held_out"] == 0  # it painted nothing but dragons
+
+
+def test_a_model_guided_by_itself_is_not_guided(model_folder: Path) -> None:
+    guided_by = runpy.run_path(str(ROOT / "benchmarks" / "guides.py"))["guided_by"]
+    pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"seed": 0, "steps": 3, "output_type": "pt"}
+    alone = pipe("a red circle", guidance_scale=1.0, **call).images
+    usual = pipe("a red circle", guidance_scale=3.0, **call).images
+    with guided_by(pipe.model):
+        torch.testing.assert_close(pipe("a red circle", guidance_scale=3.0, **call).images, alone)
+    torch.testing.assert_close(pipe("a red circle", guidance_scale=3.0, **call).images, usual)
+    assert not torch.allclose(usual, alone, atol=1e-3)

@@ -1,0 +1,112 @@
+"""What to guide the bundled model by, and how far:  python benchmarks/guides.py --judge runs/pictograms-recogniser
+
+Classifier-free guidance at several scales, everywhere and between two noise levels, and, with --weaker, autoguidance by
+an earlier checkpoint of the same training (`ldm.guidance.autoguided`): what the judge finds right in samples of pairs
+trained on and held out, and their Fréchet distance to fresh drawings in its features (benchmarks/leads.py). Finished
+points are kept in --out.
+"""
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+import pipelines.text_to_image
+from benchmarks.leads import RESULTS, painted
+from ldm.denoiser import Context, Denoise, Denoiser
+from ldm.guidance import autoguided, classifier_free
+from pipelines import TextToImagePipeline
+from pipelines.folder import Model, load_model
+
+METRICS = ("train_object", "held_out_object", "train_style", "held_out_style", "distance")
+
+
+@dataclass(frozen=True)
+class Options:
+    judge: Path  # a run of train/recogniser.py --preset pictograms
+    model: str = "bundled"
+    weaker: Path | None = None  # an earlier checkpoint, or a smaller model of the same latents and contexts
+    scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.5, 6.0)
+    interval: tuple[float, float] = (0.3, 6.0)  # noise levels
+    steps: int | None = None  # by default the model's own
+    prompts: int = 200  # pairs that were trained on, and as many held out
+    out: Path = RESULTS / "guides.json"
+
+
+@contextmanager
+def guided_by(weaker: Model) -> Iterator[None]:
+    """Inside, pipelines guide by a weaker model, which is told the same, instead of by what is told nothing."""
+
+    def guide(denoiser: Denoiser, cond: Context, _: Context, scale: float, **__: Any) -> Denoise:
+        return autoguided(told(denoiser, cond), told(weaker.denoiser, cond), scale)
+
+    def told(denoiser: Denoiser, cond: Context) -> Denoise:
+        return lambda x, sigma: denoiser(x, sigma, cond)
+
+    pipelines.text_to_image.classifier_free = guide
+    try:
+        yield
+    finally:
+        pipelines.text_to_image.classifier_free = classifier_free
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(3.2 * len(METRICS), 3), layout="constrained")
+    for axis, metric in zip(axes, METRICS, strict=True):
+        for guide in dict.fromkeys(row["guide"] for row in rows):
+            mine = [row for row in rows if row["guide"] == guide]
+            axis.plot([row["scale"] for row in mine], [row[metric] for row in mine], "o-", markersize=4, label=guide)
+        axis.set(title=metric.replace("_", " "), xlabel="scale")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(options: Options) -> list[dict[str, Any]]:
+    pipe = TextToImagePipeline.from_pretrained(options.model)
+    weaker = load_model(options.weaker, device=pipe.device, dtype=pipe.dtype) if options.weaker else None
+    everywhere = (0.0, float("inf"))
+    kinds: dict[str, dict[str, Any]] = {"null": {"guidance_interval": everywhere}}
+    low, high = options.interval
+    kinds[f"null, {low:g} < sigma <= {high:g}"] = {"guidance_interval": options.interval}
+    if weaker:
+        kinds["weaker model"] = {}
+    settings = {"model": options.model, "steps": options.steps or pipe.model.defaults.steps, "prompts": options.prompts}
+    said: dict[str, Any] = {"settings": settings, "machine": platform.processor() or platform.machine(), "rows": []}
+    if options.out.is_file() and (before := json.loads(options.out.read_text()))["settings"] == settings:
+        said = before
+    rows = said["rows"]
+    for guide, call in kinds.items():
+        for scale in options.scales:
+            if any((row["guide"], row["scale"]) == (guide, scale) for row in rows):
+                continue
+            with guided_by(weaker) if weaker and guide == "weaker model" else nullcontext():
+                call = call | {"guidance_scale": scale, "steps": options.steps}
+                found = painted(pipe, options.judge, options.prompts, **call)
+            rows.append({"guide": guide, "scale": scale, **found})
+            print(guide, scale, ", ".join(f"{metric} {found[metric]:.3g}" for metric in METRICS))
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(said, indent=2) + "\n")
+    plot(rows, options.out.with_suffix(".png"))
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
