@@ -27,7 +27,7 @@ from pipelines.find import find_file
 from pipelines.folder import Model
 from pipelines.original import diffusers_name
 
-CALLED = ("steps", "guidance_scale", "sampler")  # of a model's defaults
+CALLED = ("steps", "guidance_scale", "sampler")  # what atelier.json says of calls; the scheduler's config, too
 PEFT_NAME = "adapter_model.safetensors"
 NOTES = "lora_adapter_metadata"  # diffusers' entry in the header: peft's settings, each with its part before it
 
@@ -76,7 +76,9 @@ class Loras:
 
     def load(self, where: str | Path, weight: float = 1.0) -> None:
         """Merges a file (`read_lora`); one that is loaded already is read again and gets the new weight."""
-        factors, notes = read_lora(where, self.model), painting_notes(where)
+        file = find_file(where, (NAME, PEFT_NAME))
+        factors, beside = read_lora(file, self.model), file.with_name("atelier.json")
+        notes = read_json(beside) if beside.is_file() else {}
         self._set(str(where), weight)
         self._notes[str(where)] = notes
         self._factors[str(where)] = factors
@@ -119,12 +121,6 @@ class Loras:
                 called = {key: value for key, value in notes.items() if key in CALLED}
                 self.model.defaults = replace(self.model.defaults, **called)
                 self.model.scheduler = {**self.model.scheduler, **notes.get("scheduler", {})}
-
-
-def painting_notes(where: str | Path) -> dict[str, Any]:
-    """What training said of painting with a LoRA: `CALLED`, and entries of the scheduler's config."""
-    beside = find_file(where, (NAME, PEFT_NAME)).with_name("atelier.json")
-    return read_json(beside) if beside.is_file() else {}
 
 
 def layers_of(model: Model) -> dict[str, nn.Module]:
