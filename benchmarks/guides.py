@@ -7,7 +7,6 @@ points are kept in --out.
 """
 
 import json
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ import tyro
 
 import pipelines.text_to_image
 from benchmarks.leads import RESULTS, painted
+from benchmarks.machine import described
 from ldm.denoiser import Context, Denoise, Denoiser
 from ldm.guidance import autoguided, classifier_free
 from pipelines import TextToImagePipeline
@@ -86,7 +86,7 @@ def main(options: Options) -> list[dict[str, Any]]:
     if weaker:
         kinds["weaker model"] = {}
     settings = {"model": options.model, "steps": options.steps or pipe.model.defaults.steps, "prompts": options.prompts}
-    said: dict[str, Any] = {"settings": settings, "machine": platform.processor() or platform.machine(), "rows": []}
+    said: dict[str, Any] = {"settings": settings, "machine": described(), "rows": []}
     if options.out.is_file() and (before := json.loads(options.out.read_text()))["settings"] == settings:
         said = before
     rows = said["rows"]

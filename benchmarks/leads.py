@@ -9,7 +9,6 @@ update's time beside the base's. What the project has no flag for is changed her
 """
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import train.ldm
+from benchmarks.machine import described
 from pipelines import TextToImagePipeline
 from train.evaluate import UNSEEN, draw_rows, judged, open_pictogram_judge
 from train.extractors import open_extractor
@@ -301,7 +301,7 @@ def main(options: Options) -> None:
         about |= painted(pipe, options.judge, options.prompts)
         rows.append(about | {"time": about["seconds_per_update"] / (rows or [about])[0]["seconds_per_update"]})
         settings = {key: getattr(options, key) for key in ("updates", "batch", "prompts", "size")}
-        said = {"settings": settings, "machine": platform.processor() or platform.machine(), "rows": rows}
+        said = {"settings": settings, "machine": described(), "rows": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(said, indent=2) + "\n")
         plot(rows, options.out.with_suffix(".png"))

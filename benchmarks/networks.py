@@ -8,7 +8,6 @@ ours keeps the keys and values of the text from step to step, as a pipeline does
 """
 
 import copy
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ import tyro
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
+from benchmarks.machine import described
 from ldm.unet import UNet, UNetConfig
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 
@@ -62,15 +62,7 @@ class Options:
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    machine = platform.processor() or platform.machine()
-    if options.device == "cuda":
-        machine = torch.cuda.get_device_name()
-    elif (info := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        machine = names[0] if names else machine
-    print(f"{machine}, {options.threads} threads, torch {torch.__version__}, float32, shortest of {options.repeats}")
+    print(f"{described()}, {options.threads} threads, float32, shortest of {options.repeats}")
     for name, (config, side, tokens) in UNETS.items():
         unet(name, config, side, tokens, options)
     for name, (autoencoder_config, side) in AUTOENCODERS.items():

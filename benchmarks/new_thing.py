@@ -11,7 +11,6 @@ that ground, its own is the nearest (train/evaluate.py). Writes OUT.json, and a 
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 from PIL import Image
 
+from benchmarks.machine import described
 from pipelines import TextToImagePipeline
 from train.evaluate import draw_rows, nearest
 from train.grid import grid
@@ -122,7 +122,7 @@ def main(options: Options) -> dict[str, Any]:
     images = draw(options)
     sheet, said = images[:8], [caption(options, "plain", ground) for ground in SHOWN["plain"]]
     result: dict[str, Any] = {"object": options.object, "pictures": len(images), "flags": options.flags}
-    result |= {"seconds": tune(options), "machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    result |= {"seconds": tune(options), "machine": described(), "cores": os.cpu_count()}
     rows = unseen(options)
     for when, model in {"before": options.model, "after": str(options.work / "run")}.items():
         result[when], pictures, prompts = ask(options, model, rows, known)

@@ -7,7 +7,6 @@ on a GPU. Without --model the peer of the design is built with random weights: a
 """
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,11 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import tyro
+
+from benchmarks.machine import described
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "an oil painting of a fox"
@@ -64,7 +67,6 @@ class Config:
 
 def random_peer(folder: Path) -> Path:
     """The design's peer, written as a folder that both sides open."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
@@ -137,14 +139,14 @@ def main(config: Config) -> None:
         for name, script in sides.items():
             figures[name] |= json.loads(run((script + WARM).format(**values))[1])
     medians = {name: {k: statistics.median(v) for k, v in side.items()} for name, side in figures.items()}
-    print(f"{platform.processor() or platform.machine()}, {config.device}, {config.steps} steps, medians in seconds")
+    print(f"{described()}, {config.device}, {config.steps} steps, medians in seconds")
     print(f"{'':<28}{'atelier':>10}{'diffusers':>11}{'ratio':>8}")
     rows = {"cold": "start to first picture", "warm": "the same, warm", "batch": "batch of 8, warm"}
     for key, label in rows.items():
         ours, theirs = medians["atelier"][key], medians["diffusers"][key]
         print(f"{label:<28}{ours:>10.2f}{theirs:>11.2f}{theirs / ours:>8.2f}")
     if config.out:
-        config.out.write_text(json.dumps({"machine": platform.machine(), "seconds": figures}, indent=2) + "\n")
+        config.out.write_text(json.dumps({"machine": described(), "seconds": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

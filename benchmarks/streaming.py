@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
+from benchmarks.machine import described
+
 FILES = 32  # of each set
 BATCH = 64
 SIDE = 16
@@ -196,7 +198,7 @@ def main(options: Options) -> None:
                 f"{one[side]['rows_per_second']:,.0f} rows/s, peak {one[side]['megabytes']:,.0f} MB",
                 flush=True,
             )
-    machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
+    machine = {"machine": described(), "python": platform.python_version()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps({**machine, "sets": found}, indent=1))
     plot(found, options.out.with_suffix(".png"))

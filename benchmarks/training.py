@@ -13,7 +13,6 @@ Each side is a process of its own, and they take turns. Rates are medians of the
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,10 +20,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import tyro
 
+from benchmarks.machine import described
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 OURS = """
 import json, os, statistics, sys, time
@@ -217,7 +219,7 @@ def main(config: Config) -> None:
                 print(f"round {turn}, {side}: {results[-1]['rate']:.1f} pictures/s", file=sys.stderr)
     middle = {side: statistics.median(result["rate"] for result in results) for side, results in found.items()}
     theirs = middle["diffusers' example"]
-    print(f"{platform.processor() or platform.machine()}, {config.threads} threads, batch {config.batch}")
+    print(f"{described()}, {config.threads} threads, batch {config.batch}")
     for side, results in found.items():
         memory = max(result["memory"] for result in results)
         line = f"{side:28} {middle[side]:7.1f} pictures/s  {middle[side] / theirs:5.2f} times  {memory:.2f} GB at most"
@@ -230,7 +232,10 @@ def main(config: Config) -> None:
     )
     print(f"matrix-product rate {statistics.median(r['matrix_rate'] for r in cached) / 1e9:.0f} GFLOP/s")
     if config.out:
-        config.out.write_text(json.dumps({"settings": vars(config) | {"out": None}, "found": found}, indent=2) + "\n")
+        config.out.write_text(
+            json.dumps({"machine": described(), "settings": vars(config) | {"out": None}, "found": found}, indent=2)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

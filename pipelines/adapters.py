@@ -1,8 +1,8 @@
 """LoRA (arXiv:2106.09685): small files of low-rank changes, merged into the weights of a model to paint with.
 
 W becomes W + weight * alpha / rank * B A, so a picture costs what it cost without. What was replaced is kept, and
-comes back to the bit. Files of diffusers, peft and kohya's scripts (as most on the hub are) are understood. Where this
-project's training left atelier.json beside the file, a call takes its steps, guidance and sampler when nothing is said.
+comes back to the bit. Files of diffusers, peft and kohya's scripts (as most on the hub are) are understood. Those of
+this project say in their header what a call shall take when nothing is said: steps, guidance, sampler.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,10 +25,11 @@ from ldm.unet import UNet
 from pipelines.files import read_json, read_tensors
 from pipelines.find import LORA as NAME
 from pipelines.find import find_file
-from pipelines.folder import Model
+from pipelines.folder import Defaults, Model
 from pipelines.original import diffusers_name
 
-CALLED = ("steps", "guidance_scale", "sampler")  # what atelier.json says of calls; the scheduler's config, too
+PAINTING = "painting"  # entry of the notes: some of CALLED, and "scheduler", changes of its config
+CALLED = ("steps", "guidance_scale", "guidance_interval", "sampler")  # of a model's defaults
 PEFT_NAME = "adapter_model.safetensors"
 NOTES = "lora_adapter_metadata"  # diffusers' entry in the header: peft's settings, each with its part before it
 
@@ -68,20 +70,21 @@ class Loras:
 
     def __init__(self, model: Model):
         self.model = model
-        self.own = model.defaults, model.scheduler
         self.weights: dict[str, float] = {}
-        self._notes: dict[str, dict[str, Any]] = {}
+        self._painting: dict[str, dict[str, Any]] = {}
+        self._own: tuple[Defaults, dict[str, Any]] | None = None  # what the model's calls take, where a LoRA says other
         self._factors: dict[str, dict[str, Factors]] = {}
         self._replaced: dict[str, Tensor] = {}  # layer -> its own weight, on the CPU
 
     def load(self, where: str | Path, weight: float = 1.0) -> None:
         """Merges a file (`read_lora`); one that is loaded already is read again and gets the new weight."""
         file = find_file(where, (NAME, PEFT_NAME))
-        factors, beside = read_lora(file, self.model), file.with_name("atelier.json")
-        notes = read_json(beside) if beside.is_file() else {}
+        factors = read_lora(file, self.model)
         self._set(str(where), weight)
-        self._notes[str(where)] = notes
         self._factors[str(where)] = factors
+        self._painting.pop(str(where), None)
+        if said := painting_of(file):
+            self._painting[str(where)] = said
         self._merge()
 
     def set(self, where: str | Path, weight: float) -> None:
@@ -93,7 +96,7 @@ class Loras:
 
     def unload(self) -> None:
         """Removes all: every weight is what it was."""
-        self.weights, self._factors, self._notes = {}, {}, {}
+        self.weights, self._factors, self._painting = {}, {}, {}
         self._merge()
 
     def _set(self, name: str, weight: float) -> None:
@@ -115,12 +118,27 @@ class Loras:
                     merged = merged + self.weights[lora] * factors[name].scale * (up @ down).view_as(merged)
             weight.copy_(merged)
         self._replaced = {name: own for name, own in self._replaced.items() if name in changed}
-        self.model.defaults, self.model.scheduler = self.own
-        for lora, notes in self._notes.items():
+        self._say()
+
+    def _say(self) -> None:
+        """What calls take: as the LoRAs in use say, the last of them first; without any, what they took before."""
+        if self._own:
+            self.model.defaults, self.model.scheduler = self._own
+        self._own = (self.model.defaults, self.model.scheduler) if self._painting else None
+        for lora, said in self._painting.items():
             if self.weights[lora]:
-                called = {key: value for key, value in notes.items() if key in CALLED}
+                called = {key: value for key, value in said.items() if key in CALLED}
+                if "guidance_interval" in called:
+                    called["guidance_interval"] = tuple(called["guidance_interval"])
                 self.model.defaults = replace(self.model.defaults, **called)
-                self.model.scheduler = {**self.model.scheduler, **notes.get("scheduler", {})}
+                self.model.scheduler = {**self.model.scheduler, **said.get("scheduler", {})}
+
+
+def painting_of(file: Path) -> dict[str, Any]:
+    """What a LoRA's header says of painting with it; nothing, where it was not trained here."""
+    with safe_open(file, "pt") as opened:
+        said = json.loads((opened.metadata() or {}).get(NOTES, "{}")).get(PAINTING, {})
+    return said if isinstance(said, dict) else {}
 
 
 def layers_of(model: Model) -> dict[str, nn.Module]:
@@ -186,7 +204,12 @@ def read_lora(where: str | Path, model: Model) -> dict[str, Factors]:
     return factors
 
 
-def save_lora(where: str | Path, layers: Mapping[str, Mapping[str, Tensor]], alpha: Mapping[str, float]) -> Path:
+def save_lora(
+    where: str | Path,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    alpha: Mapping[str, float],
+    painting: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes a LoRA as diffusers does, for `load_lora_weights` there and `TextToImagePipeline.load_lora` here.
 
     Args:
@@ -194,6 +217,7 @@ def save_lora(where: str | Path, layers: Mapping[str, Mapping[str, Tensor]], alp
         layers: "unet", "text_encoder" or "text_encoder_2" -> PATH.lora_A.weight [rank, in], PATH.lora_B.weight [out,
             rank] for some of its layers, as `peft.get_peft_model_state_dict` gives them.
         alpha: of each of these: B A is scaled by alpha / rank.
+        painting: some of `CALLED`, and "scheduler", entries of its config, for calls that say nothing.
 
     Returns:
         The file.
@@ -204,7 +228,7 @@ def save_lora(where: str | Path, layers: Mapping[str, Mapping[str, Tensor]], alp
     file = Path(where)
     file = file if file.suffix == ".safetensors" else file / NAME
     tensors: dict[str, Tensor] = {}
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {PAINTING: dict(painting)} if painting else {}
     for part, state in layers.items():
         ranks = {key.removesuffix(".lora_A.weight"): f.shape[0] for key, f in state.items() if "lora_A" in key}
         expected = {f"{path}.lora_{factor}.weight" for path in ranks for factor in "AB"}

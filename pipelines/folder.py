@@ -246,6 +246,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
     if model.codes is not None:
         save_network(model.codes, folder / "codes", dtype)
     write_json(folder / "atelier.json", notes)
+    (folder / "model_index.json").unlink(missing_ok=True)  # of a model that was here before
     if dtype is not torch.int8 and not for_atelier_alone(model):
         assert isinstance(model.conditioner, ClipTextEncoder | ClipTextPair)
         index = {

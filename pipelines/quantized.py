@@ -23,10 +23,13 @@ def quantize(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not weight.is_floating_point():
             stored[name] = weight
             continue
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite: such a model can't be stored as int8")
+        half = weight.to(torch.float16) if weight.ndim < 2 else weight
+        if not half.isfinite().all():
+            raise ValueError(
+                f"{name} holds numbers that are not finite, or too large for float16: it can't be stored so"
+            )
         if weight.ndim < 2:
-            stored[name] = weight.to(torch.float16)
+            stored[name] = half
             continue
         rows = weight.float().flatten(1)
         scale = rows.abs().amax(1) / LEVELS

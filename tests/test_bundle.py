@@ -8,7 +8,6 @@ import torch
 
 from pipelines import TextToImagePipeline
 from pipelines.adapters import save_lora
-from pipelines.files import write_json
 from pipelines.folder import load_model, save_model
 from tests.conftest import tiny_text_encoder
 from tests.test_extractors import CLIP
@@ -30,32 +29,42 @@ def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "conv_in.lora_A.weight": torch.randn(2, 4, 3, 3),
         "conv_in.lora_B.weight": torch.randn(channels, 2, 1, 1),
     }
-    save_lora(runs / "student", {"unet": factors}, {"unet": 2})
-    write_json(runs / "student" / "atelier.json", {"base": "runs/model", "steps": 3, "guidance_scale": 1.0})
+    save_lora(runs / "student", {"unet": factors}, {"unet": 2}, {"steps": 3, "guidance_scale": 1.0})
     return runs
 
 
 def test_what_three_trainings_left_is_one_small_folder(runs: Path, tmp_path: Path) -> None:
-    main(Config(runs / "model", runs / "clip", runs / "student", tmp_path))
+    out = tmp_path / "bundled"
+    save_model(load_model(runs / "model"), out)  # as a bundle of 32 bits was
+    (out / "README.md").write_text("a card")
+    main(Config(runs / "model", runs / "clip", runs / "student", out))
+    assert (out / "README.md").read_text() == "a card"
+    assert not (out / "model_index.json").exists()
+    assert [file.name for file in out.glob("unet/*.safetensors")] == ["diffusion_pytorch_model.int8.safetensors"]
     whole = TextToImagePipeline.from_pretrained(runs / "model", device="cpu")
-    small = TextToImagePipeline.from_pretrained(tmp_path, device="cpu")
+    small = TextToImagePipeline.from_pretrained(out, device="cpu")
     for name, weight in whole.model.unet.state_dict().items():
         assert (small.model.unet.state_dict()[name] - weight).norm() <= 0.02 * weight.norm() + 1e-6, name
     weights = sum(w.numel() for w in whole.model.unet.state_dict().values())
-    assert (tmp_path / "unet" / "diffusion_pytorch_model.int8.safetensors").stat().st_size < 1.6 * weights + 40_000
+    assert (out / "unet" / "diffusion_pytorch_model.int8.safetensors").stat().st_size < 1.6 * weights + 40_000
 
     captions = ["a red circle", "a blue square"]
     theirs = load_clip(runs / "clip" / "clip").encode_text(captions)
-    assert float((load_clip(tmp_path / "clip").encode_text(captions) * theirs).sum(1).min()) > 0.999
-    assert open_extractor(str(tmp_path)).embed is not None
+    assert float((load_clip(out / "clip").encode_text(captions) * theirs).sum(1).min()) > 0.999
+    assert open_extractor(str(out)).embed is not None
 
-    small.load_lora(tmp_path / "student")
+    small.load_lora(out / "student")
     assert (small.model.defaults.steps, small.model.defaults.guidance_scale) == (3, 1.0)
-    assert oct((tmp_path / "clip" / "open_clip_model.int8.safetensors").stat().st_mode)[-3:] == "644"
+    assert oct((out / "clip" / "open_clip_model.int8.safetensors").stat().st_mode)[-3:] == "644"
 
 
-def test_a_run_that_is_none_is_named(runs: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_none_is_named_and_nothing_is_lost(runs: Path, tmp_path: Path) -> None:
+    save_model(load_model(runs / "model"), tmp_path)
+    kept = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="nowhere"):
         main(Config(Path("nowhere"), runs / "clip", None, tmp_path))
     with pytest.raises(ValueError, match="open_clip_config"):
         main(Config(runs / "model", runs / "model", None, tmp_path))
+    with pytest.raises(ValueError, match="pytorch_lora_weights"):
+        main(Config(runs / "model", runs / "clip", runs / "clip", tmp_path))
+    assert sorted(tmp_path.rglob("*")) == kept

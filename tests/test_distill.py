@@ -1,5 +1,6 @@
 """Distillation: a student paints in one step what its teacher needs many for, and is a model folder like any other."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,13 +77,14 @@ def test_a_student_may_be_a_small_file_that_says_how_it_is_sampled(
 ) -> None:
     targets = ("conv1", "conv2", "to_q", "to_out.0")
     job = replace(config, model=str(model_folder), output=tmp_path, updates=2, steps=3, warmup=1, learning_rate=0.1)
-    student = main(replace(job, lora_rank=2, lora_targets=targets))
+    main(replace(job, lora_rank=2, lora_targets=targets))
     pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu")
     before, scheduler = pipe.model.defaults, pipe.model.scheduler
     call = {"output_type": "np", "latents": torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))}
     plain = pipe("a red circle", **call).images
 
-    pipe.load_lora(student)
+    alone = shutil.copy(next(tmp_path.glob("checkpoint-*/*.safetensors")), tmp_path / "one-file.safetensors")
+    pipe.load_lora(alone)
     defaults = pipe.model.defaults
     assert (defaults.steps, defaults.guidance_scale, defaults.sampler) == (3, 1.0, "ddim")
     assert pipe.model.scheduler["timestep_spacing"] == "trailing"
@@ -90,12 +92,16 @@ def test_a_student_may_be_a_small_file_that_says_how_it_is_sampled(
     fast = pipe("a red circle", **call).images
     np.testing.assert_array_equal(fast, pipe("a red circle", **said, **call).images)
 
-    pipe.set_lora(student, 0.0)  # without it, its steps would be too few
+    pipe.set_lora(alone, 0.0)  # without it, its steps would be too few
     assert pipe.model.defaults == before
-    pipe.set_lora(student, 1.0)
+    pipe.set_lora(alone, 1.0)
     np.testing.assert_array_equal(fast, pipe("a red circle", **call).images)
     pipe.unload_loras()
     assert (pipe.model.defaults, pipe.model.scheduler) == (before, scheduler)
+    pipe.model.defaults = replace(before, steps=7)  # one's own wishes are not undone by what says nothing of them
+    pipe.unload_loras()
+    assert pipe.model.defaults.steps == 7
+    pipe.model.defaults = before
     np.testing.assert_array_equal(plain, pipe("a red circle", **call).images)
 
 

@@ -46,6 +46,8 @@ def test_vectors_rows_of_zeros_and_counts_are_kept() -> None:
 def test_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match=r"mid\.weight.*not finite"):
         quantize({"mid.weight": torch.tensor([[1.0, float("nan")]])})
+    with pytest.raises(ValueError, match=r"bias.*float16"):
+        quantize({"bias": torch.tensor([70_000.0])})
 
 
 def test_a_folder_in_8_bits_opens_and_becomes_a_whole_one(tmp_path: Path, model_folder: Path) -> None:

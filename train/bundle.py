@@ -15,7 +15,7 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
-from pipelines.files import newest, read_json, read_tensors, read_weights, write_json
+from pipelines.files import newest, read_json, read_tensors, read_weights
 from pipelines.find import BUNDLED, LORA
 from pipelines.folder import load_model, save_model
 from pipelines.quantized import quantize
@@ -33,28 +33,37 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Writes the folder, and says how large it is. Raises ValueError for runs that are none."""
-    save_model(load_model(config.model), config.out, torch.int8)
+    """Writes the folder and says how large it is; what was there before is replaced, but for README.md.
 
-    clip, stem = config.out / "clip", WEIGHTS.removesuffix(".safetensors")
-    clip.mkdir(exist_ok=True)
-    read_json(config.clip / "clip" / CONFIG)  # or an error that says what is missing
-    for file in (config.clip / "clip").glob("*.*"):
+    Raises ValueError for runs that are none, and leaves the folder as it was.
+    """
+    model, stem = load_model(config.model), WEIGHTS.removesuffix(".safetensors")
+    clip = config.clip / "clip"
+    read_json(clip / CONFIG)  # or an error that says what is missing
+    weights = read_weights(clip, stem)
+    student = read_tensors(newest(config.student) / LORA) if config.student else None
+
+    aside = config.out.with_name(f".{config.out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    save_model(model, aside, torch.int8)
+    (aside / "clip").mkdir()
+    for file in clip.iterdir():
         if file.suffix != ".safetensors":
-            shutil.copy(file, clip / file.name)
-    save_file(quantize(read_weights(config.clip / "clip", stem)), clip / f"{stem}.int8.safetensors")
-
-    if config.student:
-        folder, place = newest(config.student), config.out / "student"
-        tensors, header = read_tensors(folder / LORA)
-        notes = read_json(folder / "atelier.json")
-        place.mkdir(exist_ok=True)
-        save_file({name: tensor.half() for name, tensor in tensors.items()}, place / LORA, metadata=header)
-        write_json(place / "atelier.json", {**notes, "base": "bundled"})
-
-    for file in config.out.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)  # safetensors lets only the owner read
+            shutil.copy(file, aside / "clip")
+    save_file(quantize(weights), aside / "clip" / f"{stem}.int8.safetensors")
+    if student:
+        tensors, header = student
+        (aside / "student").mkdir()
+        halved = {name: tensor.half() for name, tensor in tensors.items()}
+        save_file(halved, aside / "student" / LORA, metadata=header)
+    if (config.out / "README.md").is_file():
+        shutil.copy(config.out / "README.md", aside)
+    files = [file for file in aside.rglob("*") if file.is_file()]
+    for file in files:
+        file.chmod(0o644)  # safetensors lets only the owner read
+    if config.out.is_dir():
+        shutil.rmtree(config.out)
+    aside.rename(config.out)
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     print(f"{config.out}: {size:,} bytes, {size / 2**20:.1f} MiB")
 

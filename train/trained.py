@@ -124,12 +124,12 @@ def save_trained(model: Model, config: Config, folder: Path) -> None:
 
     networks = networks_of(model, config)
     factors = {part: whole(get_peft_model_state_dict(network)) for part, network in networks.items()}
-    save_lora(folder, factors, dict.fromkeys(networks, config.lora_alpha or config.lora_rank))
     said = {name: getattr(config, name) for name in CALLED if getattr(config, name) is not None}
     base = read_json(find_model(config.model) / "scheduler" / "scheduler_config.json")
     if changed := {key: value for key, value in model.scheduler.items() if base.get(key) != value}:
         said["scheduler"] = changed
-    write_json(folder / "atelier.json", {"base": config.model, "data": config.data, **said})
+    save_lora(folder, factors, dict.fromkeys(networks, config.lora_alpha or config.lora_rank), said)
+    write_json(folder / "atelier.json", {"base": config.model, "data": config.data})
 
 
 def unsharded(model: Model) -> Model:
