@@ -25,6 +25,9 @@ from ldm.denoiser import Context, Denoise, Denoiser
 from ldm.guidance import autoguided, classifier_free
 from pipelines import TextToImagePipeline
 from pipelines.folder import Model, load_model
+from train.cache import weights_digest
+from train.extractors import open_extractor
+from train.samples import model_digest
 
 METRICS = ("train_object", "held_out_object", "train_style", "held_out_style", "distance")
 
@@ -45,7 +48,8 @@ class Options:
 def guided_by(weaker: Model) -> Iterator[None]:
     """Inside, pipelines guide by a weaker model, which is told the same, instead of by what is told nothing."""
 
-    def guide(denoiser: Denoiser, cond: Context, _: Context, scale: float, **__: Any) -> Denoise:
+    def guide(denoiser: Denoiser, cond: Context, _: Context, scale: float, **options: Any) -> Denoise:
+        assert not any(options.values()), f"{options} would be left out"
         return autoguided(told(denoiser, cond), told(weaker.denoiser, cond), scale)
 
     def told(denoiser: Denoiser, cond: Context) -> Denoise:
@@ -84,8 +88,14 @@ def main(options: Options) -> list[dict[str, Any]]:
     low, high = options.interval
     kinds[f"null, {low:g} < sigma <= {high:g}"] = {"guidance_interval": options.interval}
     if weaker:
-        kinds["weaker model"] = {}
-    settings = {"model": options.model, "steps": options.steps or pipe.model.defaults.steps, "prompts": options.prompts}
+        kinds["weaker model"] = {"guidance_interval": everywhere}
+    settings: dict[str, Any] = {
+        "model": options.model,
+        "weights": model_digest(pipe),
+        "judge": open_extractor(str(options.judge)).digest,
+    }
+    settings["weaker"] = weaker and weights_digest(weaker.unet)[:16]
+    settings |= {"steps": options.steps or pipe.model.defaults.steps, "prompts": options.prompts}
     said: dict[str, Any] = {"settings": settings, "machine": described(), "rows": []}
     if options.out.is_file() and (before := json.loads(options.out.read_text()))["settings"] == settings:
         said = before

@@ -4,11 +4,13 @@
 
 A small U-Net between the bundled model's autoencoder and text encoder sees as many pictograms every time, with one
 thing changed. Of each: what the judge finds right (objects, styles) in samples of pairs trained on and held out, the
-Fréchet distance of all these to fresh drawings in the judge's features, the validation error by noise level, and an
-update's time beside the base's. What the project has no flag for is changed here. Runs that were killed go on.
+Fréchet distance of all these to fresh drawings in the judge's features, the validation error by noise level, and the
+training's time beside the base's. "seed" is the base once more: differences that are not larger than its own say
+nothing. What the project has no flag for is changed here. Trainings that are finished are kept.
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ from train.extractors import open_extractor
 from train.metrics import Moments, frechet_distance
 from train.objective import Objective, denoising
 from train.pictograms import captions, paint, things
+from train.pictures import digest
 from train.settings import SMALL, Config
 from train.state import EMA
 
@@ -97,7 +100,7 @@ def immiscible(_: Options) -> Iterator[Goal]:
     def assigned(*given: Any, **named: Any) -> Any:
         batch = draw(*given, **named)
         distances = torch.cdist(batch.x0.flatten(1), batch.noise.flatten(1))
-        batch.noise = batch.noise[torch.from_numpy(linear_sum_assignment(distances.numpy())[1])]
+        batch.noise = batch.noise[torch.from_numpy(linear_sum_assignment(distances.cpu().numpy())[1])]
         return batch
 
     with replaced(draw_batch=assigned):
@@ -136,15 +139,17 @@ def aligned(options: Options) -> Iterator[Goal]:
         batch = draw(config, feed, update, first, whole, *given, **named)
         rows = feed.order(update, first, config.batch_size, whole)[1].tolist()
         now["wanted"] = None
-        if update < 0.4 * config.updates:
+        if not feed.rehearses and update < 0.4 * config.updates:
             if new := [i for i, row in enumerate(rows) if row not in known]:
                 known.update(zip([rows[i] for i in new], features(batch.x0[new]), strict=True))
-            now["wanted"] = torch.stack([known[row] for row in rows])
+            now["wanted"] = torch.stack([known[row] for row in rows]).to(batch.x0)
         return batch
 
     @torch.no_grad()
     def features(latents: Tensor) -> Tensor:
-        pixels = ((now["model"].vae.decode(latents).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        vae = now["model"].vae  # which may have been sent off the device
+        pictures = vae.decode(latents.to(next(vae.parameters()))).clamp(-1, 1)
+        pixels = ((pictures.cpu() + 1) * 127.5).round().to(torch.uint8)
         return F.normalize(clip([picture.permute(1, 2, 0).numpy() for picture in pixels]).float(), dim=1)
 
     def goal(*given: Any) -> Objective:
@@ -173,6 +178,7 @@ class Lead:
 
 LEADS = {
     "base": Lead("Muon 3e-3, v on Stable Diffusion's betas, log-normal noise about 1.1 ± 1.4, no attention at 16×16"),
+    "seed": Lead("the base with another seed", {"seed": 1}),
     "muon-2e-3": Lead("Muon at 2e-3", {"learning_rate": 2e-3}),
     "muon-5e-3": Lead("Muon at 5e-3", {"learning_rate": 5e-3}),
     "adamw": Lead("AdamW at 1e-3", {"optimizer": "adamw", "learning_rate": 1e-3}),
@@ -197,7 +203,6 @@ LEADS = {
 def config_of(name: str, options: Options) -> Config:
     base = Config(
         data="pictograms",
-        output=options.work / name,
         vae=options.vae,
         text_encoder=options.clip,
         unet=UNET,
@@ -215,7 +220,8 @@ def config_of(name: str, options: Options) -> Config:
         workers=options.workers,
         keep=1,
     )
-    return replace(base, **LEADS[name].changes)
+    config = replace(base, **LEADS[name].changes)
+    return replace(config, output=options.work / f"{name}-{digest(repr(config), options.clip)[:8]}")
 
 
 def trained(name: str, options: Options) -> dict[str, Any]:
@@ -224,6 +230,7 @@ def trained(name: str, options: Options) -> dict[str, Any]:
     kept = config.output / "lead.json"
     if kept.is_file():
         return json.loads(kept.read_text())
+    shutil.rmtree(config.output, ignore_errors=True)  # of one that was killed: its time is lost
     times: list[float] = []
     errors: dict[str, float] = {}
     validate = train.ldm.validate
@@ -235,13 +242,13 @@ def trained(name: str, options: Options) -> dict[str, Any]:
     with LEADS[name].twist(options) as goal:
         draw = train.ldm.draw_batch
 
-        def timed(*given: Any, **named: Any) -> Any:  # once an update
+        def timed(*given: Any, **named: Any) -> Any:  # once in the rehearsal, then once an update
             times.append(time.perf_counter())
             return draw(*given, **named)
 
         with replaced(validate=noted, draw_batch=timed):
             train.ldm.main(config, goal)
-    found = {"seconds_per_update": float(np.median(np.diff(times[len(times) // 2 :]))), "errors": errors}
+    found = {"seconds_per_update": float(np.mean(np.diff(times[1:]))), "errors": errors}
     kept.write_text(json.dumps(found))
     return found
 
@@ -297,7 +304,7 @@ def main(options: Options) -> None:
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(("base", *(options.leads or LEADS))):
         about = {"lead": name, "what": LEADS[name].what, **trained(name, options)}
-        pipe = TextToImagePipeline.from_pretrained(options.work / name)
+        pipe = TextToImagePipeline.from_pretrained(config_of(name, options).output)
         about |= painted(pipe, options.judge, options.prompts)
         rows.append(about | {"time": about["seconds_per_update"] / (rows or [about])[0]["seconds_per_update"]})
         settings = {key: getattr(options, key) for key in ("updates", "batch", "prompts", "size")}

@@ -11,10 +11,11 @@ that ground, its own is the nearest (train/evaluate.py). Writes OUT.json, and a 
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ SHOWN = {  # the grounds of the 20 pictures, by style
     "pencil": ("grey", "yellow", "blue", "pink"),
     "watercolour": ("white", "yellow", "green", "pink"),
 }
-TUNING = ("--updates", "400", "--batch-size", "16")
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Options:
     object: str = "dragon"  # in train/objects.csv, but not among those that the model knows
     name: str = "zog the dragon"  # as captions call it
     old: int = 100  # pairs trained on that are asked for before and after, and half as many held out
-    flags: tuple[str, ...] = TUNING  # more of train/ldm.py
+    flags: str = "--updates 400 --batch-size 16"  # more of train/ldm.py
     out: Path = ROOT / "benchmarks" / "results" / "new_thing.json"
-    work: Path = Path("runs/new-thing")  # the 20 pictures, the run
+    work: Path = Path("runs/new-thing")  # a folder in it for each call: the 20 pictures, the run
 
 
 def caption(options: Options, style: str, ground: str) -> str:
@@ -75,11 +75,12 @@ def draw(options: Options) -> list[Image.Image]:
 def tune(options: Options) -> float:
     """Seconds that the command takes, from its start to its end."""
     words = ["--data", str(options.work / "pictures"), "--model", options.model, "--output", str(options.work / "run")]
-    words += ["--cache", str(options.work / "cache"), *options.flags]
+    words += ["--cache", str(options.work / "cache"), *shlex.split(options.flags)]
     print("accelerate launch train/ldm.py", *words)
     began = time.perf_counter()
     launcher = Path(sys.executable).with_name("accelerate")
-    subprocess.run([str(launcher), "launch", str(ROOT / "train" / "ldm.py"), *words], check=True)
+    if code := subprocess.run([str(launcher), "launch", str(ROOT / "train" / "ldm.py"), *words]).returncode:
+        raise ValueError(f"the training ended with exit status {code}: what it said is above")
     return time.perf_counter() - began
 
 
@@ -119,6 +120,8 @@ def main(options: Options) -> dict[str, Any]:
     known = tuple(name for name, thing in things().items() if thing.everyday)
     if options.object in known:
         raise ValueError(f"--object {options.object}: the bundled model knows it; take one that is not everyday")
+    count = len(list(options.work.glob("*"))) if options.work.is_dir() else 0
+    options = replace(options, work=options.work / f"{count:03d}")  # a new one: the time is that of a whole training
     images = draw(options)
     sheet, said = images[:8], [caption(options, "plain", ground) for ground in SHOWN["plain"]]
     result: dict[str, Any] = {"object": options.object, "pictures": len(images), "flags": options.flags}

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,50 @@ def test_every_lead_is_one_change_of_the_base(leads: dict[str, Any], options: An
         twisted += not plain
         assert (config == replace(base, output=config.output)) == (not plain or name == "base")
     assert twisted >= 4
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the pictures that a CLIP of one's own making is shown: its feature is their mean colour."""
+    shown: list[int] = []
+
+    def clip(pictures: list[np.ndarray]) -> torch.Tensor:
+        shown.append(len(pictures))
+        return torch.stack([torch.from_numpy(p.astype(np.float32)).mean((0, 1)) for p in pictures])
+
+    monkeypatch.setattr("train.extractors.open_extractor", lambda _: clip)
+    return shown
+
+
+def test_alignment_looks_at_each_picture_once_and_stops(
+    seen: list[int], options: Any, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leads = runpy.run_path(str(ROOT / "benchmarks" / "leads.py"))  # once more, with that CLIP
+    model = load_model(model_folder)
+    latents = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    feed = SimpleNamespace(rehearses=True, order=lambda update, *_: (None, torch.tensor([[0, 1], [2, 0]][update % 2])))
+
+    def draw_batch(config: Config, feed: Any, update: int, *_: Any) -> Any:
+        rows = [3, 3] if feed.rehearses else feed.order(update)[1].tolist()
+        return SimpleNamespace(x0=latents[rows])
+
+    monkeypatch.setattr(train.ldm, "draw_batch", draw_batch)
+    monkeypatch.setattr(train.ldm, "build", lambda *_: model)
+    config = replace(Config(), updates=10, batch_size=2)
+    with leads["aligned"](options) as goal:
+        train.ldm.build()  # type: ignore[call-arg]
+        loss = goal(model, config, None).loss
+        context = model.conditioner(["a", "b"])
+        extra = []
+        plain = train.ldm.denoising(model, config, None).loss
+        for update, feed.rehearses in ((0, True), (0, False), (1, False), (2, False), (4, False)):
+            x0 = train.ldm.draw_batch(config, feed, update, 0, 2).x0  # type: ignore[call-arg, arg-type]
+            given = model.denoiser, x0, context, torch.ones(2), torch.zeros_like(x0), torch.ones_like
+            extra.append((loss(*given) - plain(*given)).detach())
+    assert seen == [2, 1]  # rows 0 and 1, then row 2; none in the rehearsal, none twice
+    assert not extra[0].any()
+    assert all(bool((more > 0).all()) and bool((more <= 1).all()) for more in extra[1:4])
+    assert not extra[4].any()  # past 40% of the updates
 
 
 @pytest.mark.parametrize("name", ["soft-min-snr", "immiscible", "ema-power"])
