@@ -258,6 +258,12 @@ class Evaluate:
     """The CLIP of the CLIP score, likewise; the extractor by default."""
     samples: int | None = None
     """How many; by default all of a folder, of a model 10,000, on a CPU 1,000."""
+    template: str = ""
+    """Makes the captions of the reference's columns or fields, such as "a photo of {label}"."""
+    lora: tuple[str, ...] = ()
+    """LoRAs that are merged into the model, as of `paint`."""
+    lora_weight: tuple[float, ...] = (1.0,)
+    """Of each --lora, or one for all."""
     training: str = ""
     """What the model was trained on: each sample's nearest picture there is looked for, and shown."""
     size: int | None = None
@@ -270,12 +276,13 @@ class Evaluate:
     """As of `paint`."""
     batch: int = 32
     """Pictures painted at once."""
-    prompts: int = 100
-    """Without --reference: prompts of training pairs, and half as many of held-out pairs; of classes, all together."""
+    prompts: int | None = None
+    """Without --reference: prompts of training pairs, and half as many of held-out pairs; of classes, all together; by
+    default 100."""
     judge: Path | None = None
     """A run of train/recogniser.py (or train/classifier.py --preset clean) that says what pictures show."""
     seed: int = 0
-    """Picture i is painted from the noise of seed + i."""
+    """Decides the prompts; picture i is painted from the noise of seed · 1,000,000 + i."""
     cache: Path = Path("cache")
     """Folder for the features of references."""
     workers: int = 2
@@ -285,6 +292,12 @@ class Evaluate:
 
     def run(self) -> None:
         if self.reference:
+            if self.judge or self.prompts is not None:
+                other = f"--judge {self.judge}" if self.judge else f"--prompts {self.prompts}"
+                raise ValueError(
+                    f"{other} is for an evaluation without --reference: with one, --extractor {self.judge or 'RUN'} "
+                    "--metrics accuracy has a judge's verdict, and --samples is how many"
+                )
             from train.measure import Measuring, measure
             from train.samples import Painting
 
@@ -293,18 +306,23 @@ class Evaluate:
             measure(Measuring(painting=painting, **same))
             return
         given = {name for name, value in vars(self).items() if value != getattr(Evaluate, name)}
-        if stray := given - {"model", "out", "prompts", "judge", "seed", "cache", "font"}:
-            raise ValueError(f"--{min(stray)} is for a comparison with a reference: give --reference, too")
+        used = {"model", "out", "prompts", "judge", "seed", "batch", "cache", "font", "lora", "lora_weight"}
+        if stray := given - used:
+            raise ValueError(
+                f"--{min(stray).replace('_', '-')} is for a comparison with a reference: give --reference, too"
+            )
+        asked: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "batch", "lora", "lora_weight")}
+        asked["prompts"] = 100 if self.prompts is None else self.prompts
         if self.judge:
             from train.judge import answers_of, evaluate_classes, open_judge
 
             if "object" not in answers_of(open_judge(self.judge)):
-                evaluate_classes(self.model, self.judge, self.out, prompts=self.prompts, seed=self.seed)
+                evaluate_classes(self.model, self.judge, self.out, **asked)
                 return
         from train.evaluate import evaluate
 
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("prompts", "seed", "font", "judge", "cache")}
-        evaluate(self.model, self.out, **options)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("font", "judge", "cache")}
+        evaluate(self.model, self.out, **options, **asked)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ in --work, and the same command goes on with it.
 import csv
 import io
 import json
-import platform
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from benchmarks.curves import plot, said, sheet, verdicts
+from benchmarks.curves import DISTANCES, plot, said, sheet, verdicts
+from benchmarks.machine import described
 from benchmarks.timed import calibrate, learn, places, together
 
 EIGHTHS = (1, 2, 4, 6, 8)  # of the training, after which samples are measured
@@ -189,11 +189,15 @@ def judge(options: Options, model: str, references: dict[str, str], out: Path) -
     from train.launch import start
     from train.measure import Measuring, measure
     from train.samples import Painting, is_model, is_told
+    from train.sources import first_captions, open_source
 
     start()  # which sets the threads
     about: dict[str, Any] = {}
     pipe, config = None, newest(Path(options.extractor).expanduser()) / "config.json"
-    says = config.is_file() and json.loads(config.read_text()).get("_class_name") == "Recogniser"
+    judges = json.loads(config.read_text()) if config.is_file() else {}
+    answers = dict(judges["tasks"]) if judges.get("_class_name") == "Recogniser" else {}
+    asked = set().union(*(first_captions(open_source(reference, 32)) for reference in references.values()))
+    says = set(answers) == {"class"} and asked <= set(answers["class"])  # other words are none of its classes
     if is_model(model):
         pipe = TextToImagePipeline.from_pretrained(model)
         pipe.set_progress_bar_config(disable=True)
@@ -204,7 +208,8 @@ def judge(options: Options, model: str, references: dict[str, str], out: Path) -
     how = replace(how, painting=Painting(seed=SEED, batch=options.batch), out=out, workers=0)
     about["metrics"] = {}
     for name, reference in references.items():
-        found = measure(replace(how, reference=reference, cache=options.work / "cache"), pipe)
+        place = how.out if not about["metrics"] else out / name
+        found = measure(replace(how, reference=reference, cache=options.work / "cache", out=place), pipe)
         about["metrics"][name] = found["metrics"]
         about |= {key: found[key] for key in ("extractor", "painted") if key in found}
         if pipe:  # the others are compared with what was painted for the first
@@ -225,11 +230,12 @@ def write(options: Options, told: dict[str, Any]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    floor = next(one["value"] for one in told["floor"]["test"] if one["metric"] == "fid")
+    floor = next(one["value"] for one in told["floor"]["test"] if one["metric"] in DISTANCES)
     plot(rows, list(sides), floor, options.samples, named(out, ".png"))
     print(f"{rows[0]['name']}, {options.samples} samples; of as many real training pictures to test: {floor:.2f}")
     for name, side in sides.items():
-        ends = [row for row in rows if (row["side"], row["update"], row["metric"]) == (name, side["updates"], "fid")]
+        last = [row for row in rows if (row["side"], row["update"]) == (name, side["updates"])]
+        ends = [row for row in last if row["metric"] in DISTANCES]
         print(
             f"{name}: {ends[0]['minutes']:.1f} minutes, {ends[0]['pictures_seen']:,} pictures of "
             f"{side['gflop_of_a_picture']:.2f} GFLOP, {side['evaluations']} evaluations a sample: "
@@ -274,7 +280,7 @@ def main(options: Options) -> None:
         about[side.name] |= {"updates": update, "precision": side.config.mixed_precision or "no"}
         about[side.name]["guidance_interval"] = side.config.guidance_interval
     told = {"settings": {key: value for key, value in asdict(options).items() if key not in ("out", "work")}}
-    told |= {"machine": platform.processor() or platform.machine(), "cores": len(where), "sides": about}
+    told |= {"machine": described(), "cores": len(where), "sides": about}
     told |= {"floor": floor["metrics"], "extractor": floor["extractor"]}
     write(options, told | {"verdicts": verdicts(rows, list(about)), "rows": rows})
     folders = {side.name: side.folder / f"samples-{side.config.updates}" / "samples" for side in sides}

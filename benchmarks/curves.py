@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+DISTANCES = ("fid", "frechet")  # as `train.measure` calls them: on the features of FID's own Inception, and on others
 SHOWN = 3  # samples of a class of each side on the sheet
 
 
@@ -23,7 +24,7 @@ def reached(costs: Sequence[float], distances: Sequence[float], level: float) ->
 
 def curve(rows: Sequence[dict[str, Any]], side: str) -> list[dict[str, Any]]:
     """A side's distances to the test set, in the order of its training."""
-    return [row for row in rows if (row["side"], row["reference"], row["metric"]) == (side, "test", "fid")]
+    return [row for row in rows if (row["side"], row["reference"]) == (side, "test") and row["metric"] in DISTANCES]
 
 
 def verdicts(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> list[dict[str, Any]]:

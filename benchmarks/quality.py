@@ -14,16 +14,19 @@ that was killed goes on there.
 
 import csv
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
+
+from benchmarks.curves import DISTANCES
+from benchmarks.machine import described
 
 RESULTS = Path(__file__).parent / "results"
 LABELS = {
@@ -41,7 +44,10 @@ class Options:
     models: tyro.conf.Positional[tuple[str, ...]]  # model folders or runs
     reference: str
     extractor: str
-    metrics: str = "fid"  # as of `atelier evaluate`
+    metrics: str = "fid"  # as of `atelier evaluate`, but for bpd
+    template: str = ""  # makes the captions of the reference
+    lora: tuple[str, ...] = ()  # merged into every model
+    lora_weight: tuple[float, ...] = (1.0,)
     samples: int = 1000  # of each point
     seeds: tuple[int, ...] = (0,)
     samplers: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "unipc", "ddpm")  # of evaluations
@@ -122,32 +128,31 @@ def pictures_seen(folder: Path) -> int | None:
 
 def measured(options: Options) -> list[dict[str, Any]]:
     """A row for each point, seed and metric."""
-    from pipelines import TextToImagePipeline
     from pipelines.files import checkpoints, newest
     from pipelines.find import find_model
     from train.measure import Measuring, measure
     from train.pictures import digest
-    from train.samples import Painting, model_digest
+    from train.samples import Painting, model_digest, open_painter
 
     models = list(options.models)
     if options.along == "training":
         models = [str(folder) for run in models for folder in checkpoints(Path(run)) or [Path(run)]]
     rows = []
     for model in models:
-        pipe = TextToImagePipeline.from_pretrained(model)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = open_painter(model, options.lora, options.lora_weight)
         about: dict[str, Any] = {"model": model, "parameters": sum(p.numel() for p in pipe.model.unet.parameters())}
         about["pictures_seen"] = pictures_seen(newest(find_model(model)))
         for point in points_of(options, pipe, model):
             about |= asdict(point) | {"evaluations": count_evaluations(pipe, point)}
             for seed in options.seeds:
                 painting = Painting(point.steps, point.guidance, point.sampler, seed, options.batch)
-                name = digest(model_digest(pipe), options.reference, repr(painting))
+                name = digest(model_digest(pipe), options.reference, options.template, repr(painting))
                 how = Measuring(
                     model,
                     options.reference,
                     options.metrics,
                     options.extractor,
+                    template=options.template,
                     samples=options.samples,
                     painting=painting,
                     out=options.work / name,
@@ -164,6 +169,24 @@ def measured(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
+def line_of(row: dict[str, Any], along: str) -> str:
+    """The line that a point is on: a model with a sampler, or a run, where its checkpoints lie along the curve."""
+    if along == "training":
+        return str(Path(row["model"]).parent)
+    named = {"evaluations": ("model", "sampler"), "guidance": ("model", "sampler")}.get(along, ())
+    return ", ".join(str(row[name]) for name in named if row.get(name))
+
+
+def check(options: Options) -> None:
+    """ValueError for what would be found out only after the first points were painted."""
+    if not options.models or not options.seeds:
+        raise ValueError("expected one model and one seed at least: quality.py CURVE MODEL… --reference … --seeds 0")
+    if "bpd" in options.metrics.replace(" ", "").split(","):
+        raise ValueError("--metrics bpd hangs on no sampler, steps or guidance: atelier evaluate MODEL --metrics bpd")
+    if not find_spec("matplotlib"):
+        raise ValueError("the plot needs matplotlib: pip install matplotlib")
+
+
 def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
     import matplotlib
 
@@ -173,12 +196,11 @@ def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
     x, metrics = X[along], list(dict.fromkeys(row["metric"] for row in rows))
     figure, axes = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 4.2), layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
-        chosen = [row for row in rows if row["metric"] == metric and row[x] is not None]
-        line = {"evaluations": "sampler", "guidance": "model"}.get(along, "")
-        for name in dict.fromkeys(row.get(line, "") for row in chosen):
+        chosen = [row for row in rows if row["metric"] == metric and None not in (row[x], row["value"])]
+        for name in dict.fromkeys(line_of(row, along) for row in chosen):
             by_x: dict[float, list[float]] = {}
             for row in chosen:
-                if row.get(line, "") == name:
+                if line_of(row, along) == name:
                     by_x.setdefault(row[x], []).append(row["value"])
             places = sorted(by_x)
             middle = [sum(by_x[p]) / len(by_x[p]) for p in places]
@@ -192,9 +214,9 @@ def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
             places = sorted({row[x] for row in chosen})
             axis.set_xticks(places, [f"{place:,}" for place in places], fontsize=6, rotation=45)
             axis.set_xticks([], minor=True)
-        if metric == "fid":
+        if metric in DISTANCES:
             axis.set_yscale("log")
-        if line:
+        if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     samples = sorted({row["samples"] for row in rows})
@@ -203,6 +225,7 @@ def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
 
 
 def main(options: Options) -> None:
+    check(options)
     rows = measured(options)
     first = Path(options.models[0]).name
     out = Path(options.out) if options.out else RESULTS / f"quality_{options.along}_{first}"
@@ -210,7 +233,7 @@ def main(options: Options) -> None:
     settings = {
         name: value for name, value in asdict(options).items() if name not in ("work", "cache", "workers", "out")
     }
-    said = {"settings": settings, "machine": platform.processor() or platform.machine(), "rows": rows}
+    said = {"settings": settings, "machine": described(), "rows": rows}
     out.with_name(out.name + ".json").write_text(json.dumps(said, indent=2) + "\n")
     with open(out.with_name(out.name + ".csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -61,7 +61,7 @@ def test_both_sides_are_measured_alike_and_nothing_is_done_twice(options: Any, m
     told = json.loads(text)
     rows = told["rows"]
     assert {row["samples"] for row in rows} == {6}
-    assert {row["metric"] for row in rows} == {"fid", "kid", "class accuracy"}
+    assert {row["metric"] for row in rows} == {"frechet", "kernel", "class accuracy"}
     for side in options.sides:
         points = curves.curve(rows, side)
         assert [point["update"] for point in points] == list(MEASURED)
@@ -70,7 +70,7 @@ def test_both_sides_are_measured_alike_and_nothing_is_done_twice(options: Any, m
         assert minutes == sorted(set(minutes))
         assert minutes[0] > 0
         assert [point["gflop"] / point["update"] for point in points] == pytest.approx([points[0]["gflop"]] * 3)
-        last = [r["reference"] for r in rows if (r["side"], r["metric"], r["update"]) == (side, "fid", 8)]
+        last = [r["reference"] for r in rows if (r["side"], r["metric"], r["update"]) == (side, "frechet", 8)]
         assert last == REFERENCES
     assert [told["sides"][side]["evaluations"] for side in options.sides] == [2 * 3, 2 * 2]  # guidance counted
     assert list(told["floor"]) == REFERENCES
@@ -90,6 +90,19 @@ def test_both_sides_are_measured_alike_and_nothing_is_done_twice(options: Any, m
     cifar10.main(options)
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert options.out.with_name("found.json").read_text() == text
+
+
+def test_a_judge_of_other_words_is_not_asked_what_is_right(options: Any, tmp_path: Path) -> None:
+    data = cifar10.prepare(options)
+    some = {name: data[name] for name in ("test", "train")}
+    found = cifar10.judge(options, data["real"], some, tmp_path / "known")
+    for metrics in found["metrics"].values():
+        assert [one["metric"] for one in metrics] == ["frechet", "kernel", "class accuracy"]
+    network = Recogniser(RecogniserConfig(tasks=(("class", tuple(COLOURS[:4])),), sample_size=9, widths=(8, 6)))
+    save_network(network, tmp_path / "other")  # of the same classes, by other names
+    other = replace(options, extractor=str(tmp_path / "other"))
+    found = cifar10.judge(other, data["real"], some, tmp_path / "unknown")
+    assert [one["metric"] for one in found["metrics"]["test"]] == ["frechet", "kernel"]
 
 
 @pytest.fixture
@@ -176,11 +189,11 @@ def test_where_a_curve_reaches_a_level(level: float, expected: tuple[float, bool
 
 def test_verdicts_of_known_curves() -> None:
     def rows(side: str, points: list[tuple[float, float]]) -> list[dict[str, Any]]:
-        common = {"side": side, "reference": "test", "metric": "fid"}
+        common = {"side": side, "reference": "test", "metric": "frechet"}
         return [common | {"gflop": g, "minutes": 2 * g, "value": v} for g, v in points]
 
     every = rows("slow", [(10, 90), (100, 40)]) + rows("quick", [(5, 160), (20, 10)]) + rows("other", [(5, 70)])
-    every += [every[0] | {"reference": "train", "value": 1}, every[0] | {"metric": "kid", "value": 1}]
+    every += [every[0] | {"reference": "train", "value": 1}, every[0] | {"metric": "kernel", "value": 1}]
     quick, other = curves.verdicts(every, ["slow", "quick", "other"])
     assert quick["ratio_of_distances"] == 0.25
     assert quick["gflop_at_the_baselines_distance"] == pytest.approx(10)

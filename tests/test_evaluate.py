@@ -11,10 +11,9 @@ from PIL import Image
 import atelier
 import train.evaluate
 import train.judge
-from pipelines import TextToImagePipeline
 from pipelines.files import save_network
 from tests.test_drawn import needs_font
-from train.evaluate import InMemory, beside_training, draw_rows, judged, open_pictogram_judge
+from train.evaluate import InMemory, beside_training, draw_rows, judged, open_pictogram_judge, several
 from train.pictograms import Pictograms, Row, captions, paint
 from train.recogniser import Recogniser, RecogniserConfig
 from train.sources import Drawn
@@ -37,37 +36,30 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Painter:
-    """Stands for a pipeline that draws what is asked for, or one thing for everything."""
-
-    def __init__(self, size: int, drawn: dict[str, Row], seed: int | None):
-        self.model = type("Model", (), {"size": size})
-        self.drawn, self.seed = drawn, seed
-
-    def __call__(self, prompts: list[str], seed: int) -> TextToImagePipeline:
-        seeds = [seed + i if self.seed is None else self.seed for i in range(len(prompts))]
-        images = [paint(*self.drawn[p][:3], self.model.size, s) for p, s in zip(prompts, seeds, strict=True)]
-        return type("Output", (), {"images": images})  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("copies", [False, True])
-def test_samples_beside_training(copies: bool, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_beside_training(
+    copies: bool, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fresh drawings are as far from those of training as real ones; copies are not, nor do they differ."""
     training = Pictograms(32, OBJECTS)
     rows = [training.rows[i] for i in range(0, len(training), 7)]
     drawn = {captions(*row[:3])[0]: row for row in rows}
     monkeypatch.setattr(train.evaluate, "open_source", lambda *_, **__: Drawn(training, "few", 32))
-    pipe: TextToImagePipeline = Painter(32, drawn, 5 if copies else None)  # type: ignore[assignment]
+    alike = [paint(*drawn[p][:3], 32, 5 if copies else i) for i, p in enumerate(several(list(drawn)))]
     images = [training[training.rows.index(row)].image if copies else paint(*row[:3], 32, 77) for row in rows]
-    options = {"data": "pictograms", "seed": 0, "font": None, "cache": tmp_path / "cache"}
-    found = beside_training(pipe, images, rows, judge, tmp_path / "out", **options)  # type: ignore[arg-type]
-    near, alike = found["memorisation"], found["diversity"]
+    options = {"data": "pictograms", "font": None, "cache": tmp_path / "cache"}
+    found = beside_training(images, rows, alike, judge, tmp_path / "out", **options)  # type: ignore[arg-type]
+    near, spread = found["memorisation"], found["diversity"]
+    said = capsys.readouterr().out
+    share = near["share_of_samples_nearer_than_1%_of_held_out"]
+    assert f"nearer than the nearest 1% of fresh drawings are {share:.1%} of {len(rows)} samples" in said
     if copies:
         assert near["ratio"] < 1e-4
-        assert alike["of_a_prompt"] == pytest.approx(0, abs=1e-5)
+        assert share > 0.9
+        assert spread["of_a_prompt"] == pytest.approx(0, abs=1e-5)
     else:
         assert 0.5 < near["ratio"] < 2
-        assert 0.5 < alike["of_a_prompt"] / alike["of_its_drawings"] < 2
+        assert 0.5 < spread["of_a_prompt"] / spread["of_its_drawings"] < 2
     assert near["pictures"] == {"samples": len(rows), "held_out": len(rows), "training": len(training)}
     assert json.loads(json.dumps(found)) == found
     with Image.open(tmp_path / "out" / "neighbours.png") as sheet:
@@ -116,7 +108,7 @@ def test_the_command_goes_by_what_the_judge_knows(judge: Path, tmp_path: Path, m
     for words in ([], ["--judge", str(judge)], ["--judge", str(classes)]):
         monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", "bundled", "--prompts", "7", *words])
         atelier.main()
-    out, common = Path("evaluation"), {"prompts": 7, "seed": 0}
+    out, common = Path("evaluation"), {"prompts": 7, "seed": 0, "batch": 32, "lora": (), "lora_weight": (1.0,)}
     of_pictograms = common | {"font": None, "cache": Path("cache")}
     assert seen == [
         (("bundled", out), of_pictograms | {"judge": None}),

@@ -1,5 +1,6 @@
 """Features: each kind of network gives what its own library computes, of pictures that were resized with care."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -181,6 +182,18 @@ def test_another_tower_of_transformers(tmp_path: Path) -> None:
     assert torch.allclose(open_extractor(str(tmp_path))(shown), theirs, atol=1e-4)
 
 
+def test_towers_without_a_token_for_the_picture_are_refused(tmp_path: Path) -> None:
+    transformers.ConvNextConfig(hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a convnext, of which it is not known .* expected one of clip, .*dinov2"):
+        open_extractor(str(tmp_path))
+
+
+def test_features_are_a_row_for_each_picture(recogniser: Path) -> None:
+    extractor = replace(open_extractor(str(recogniser)), compute=lambda pixels: pixels.float())
+    with pytest.raises(ValueError, match=r"features of shape \[3, 9, 9, 3\] for 3 pictures: expected a row for each"):
+        extractor(pictures(9))
+
+
 def test_a_safetensors_file_and_an_architecture_of_open_clip(tmp_path: Path) -> None:
     torch.manual_seed(0)
     described = CLIP | {"text_cfg": {**CLIP["text_cfg"], "vocab_size": 49408, "context_length": 77}}  # type: ignore[dict-item]
@@ -218,8 +231,12 @@ def test_inception_is_that_of_torchmetrics(tmp_path: Path, monkeypatch: pytest.M
     assert expected.std() > 0
     for file in ("drawn.pth", "drawn.safetensors"):
         found = open_extractor(f"inception:{tmp_path / file}")
-        assert found.is_inception
+        assert (found.is_inception, found.is_fids) == (True, False)
         torch.testing.assert_close(found(list(pixels)), expected)
+    digest = hashlib.sha256((tmp_path / "drawn.pth").read_bytes()).hexdigest()
+    monkeypatch.setattr(fid, "URL_INCEPTION_V3", f"https://there/weights-{digest[:8]}.pth")
+    assert open_extractor(f"inception:{tmp_path / 'drawn.pth'}").is_fids
+    assert not open_extractor(f"inception:{tmp_path / 'drawn.safetensors'}").is_fids
 
 
 def test_without_inceptions_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,16 +93,23 @@ def test_frechet_distance_as_torchmetrics_has_it() -> None:
     assert ours == pytest.approx(float(theirs.compute()), rel=1e-5)
 
 
-def test_kernel_distance_as_torchmetrics_has_it() -> None:
-    """Subsets of everything are the same whoever draws them."""
+def test_kernel_distance_as_torchmetrics_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same subsets: theirs, too, draws a permutation of each set and takes its first rows."""
     kid = pytest.importorskip("torchmetrics.image.kid")
-    x, y = drawn(60, 5), drawn(60, 6, 0.3)
-    theirs = kid.KernelInceptionDistance(feature=Already(), subsets=2, subset_size=60)
+    x, y = drawn(60, 5), drawn(80, 6, 0.3)
+    theirs = kid.KernelInceptionDistance(feature=Already(), subsets=4, subset_size=30)
     theirs.update(as_pictures(x), real=True)
     theirs.update(as_pictures(y), real=False)
-    mean, spread = kernel_distance(x, y, subsets=2, size=60)
-    assert mean == pytest.approx(float(theirs.compute()[0]), rel=1e-4)
-    assert spread == pytest.approx(0, abs=1e-9)
+    draws = [torch.Generator().manual_seed(0)]
+    with monkeypatch.context() as patch:
+        patch.setattr("train.metrics.generator", lambda *_: draws[0])
+        ours = kernel_distance(x, y, subsets=4, size=1000)  # of which there are none: half of the smaller set
+    draws[0].manual_seed(0)
+    permute = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda count, **_: permute(count, generator=draws[0]))
+    mean, spread = map(float, theirs.compute())
+    assert ours == pytest.approx((mean, spread), rel=1e-4)
+    assert ours.deviation > 0
 
 
 def test_kernel_distance_is_unbiased() -> None:
@@ -113,8 +120,8 @@ def test_kernel_distance_is_unbiased() -> None:
         assert abs(mean) < 4 * spread / math.sqrt(200) + 1e-3
     assert kernel_distance(x, y + 1, subsets=5).mean > 1
     assert kernel_distance(x, y, subsets=5) == kernel_distance(x, y, subsets=5)
-    with pytest.raises(ValueError, match="two or more of each"):
-        kernel_distance(x[:1], y)
+    with pytest.raises(ValueError, match="four or more of each"):
+        kernel_distance(x[:3], y)
 
 
 def by_definition(points: np.ndarray, support: np.ndarray, k: int) -> float:

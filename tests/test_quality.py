@@ -67,7 +67,7 @@ def test_a_curve_and_its_files(quality: dict[str, Any], options: Any, tmp_path: 
     said = json.loads((tmp_path / "curve.json").read_text())
     rows = said["rows"]
     assert [(row["guidance"], row["seed"], row["metric"]) for row in rows] == [
-        (scale, seed, metric) for scale in (1.0, 3.0) for seed in (0, 1) for metric in ("fid", "kid")
+        (scale, seed, metric) for scale in (1.0, 3.0) for seed in (0, 1) for metric in ("frechet", "kernel")
     ]
     assert {row["evaluations"] for row in rows if row["guidance"] == 1} == {2}
     assert said["settings"]["samples"] == 4
@@ -75,6 +75,23 @@ def test_a_curve_and_its_files(quality: dict[str, Any], options: Any, tmp_path: 
         table = list(csv.DictReader(file))
     assert [float(row["value"]) for row in table] == [row["value"] for row in rows]
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_every_model_and_sampler_has_a_line_of_its_own(quality: dict[str, Any]) -> None:
+    rows = [{"model": m, "sampler": s} for m in ("one", "two") for s in ("euler", "heun")]
+    assert len({quality["line_of"](row, "evaluations") for row in rows}) == 4
+    runs = [{"model": f"runs/{run}/checkpoint-{n}", "sampler": None} for run in "ab" for n in (1, 2)]
+    assert {quality["line_of"](row, "training") for row in runs} == {"runs/a", "runs/b"}
+    assert quality["line_of"](runs[0], "size") == ""
+
+
+def test_what_can_not_be_drawn_is_said_first(quality: dict[str, Any], options: Any, tmp_path: Path) -> None:
+    options = replace(options, work=tmp_path / "work")
+    with pytest.raises(ValueError, match="bpd hangs on no sampler"):
+        quality["main"](replace(options, metrics="fid,bpd"))
+    with pytest.raises(ValueError, match="one model and one seed at least"):
+        quality["main"](replace(options, models=()))
+    assert not options.work.exists()
 
 
 def test_along_the_checkpoints_of_a_run(

@@ -24,7 +24,7 @@ from ldm.schedule import VariancePreserving
 from pipelines import TextToImagePipeline
 from pipelines.folder import Model
 from train.data import generator, permutation, read_pictures, to_unit
-from train.sources import open_source
+from train.sources import Source, open_source
 from vae.autoencoder import Autoencoder, Identity
 
 Method = Literal["elbo", "consistency", "flow"]
@@ -43,6 +43,7 @@ def measure_bits(
     batch: int = 32,
     seed: int = 0,
     cache: Path = Path("cache"),
+    source: Source | None = None,
 ) -> dict[str, float]:
     """Bits per dimension of `count` pictures drawn from a source, {"bits_per_dim": …, "standard_error": …, …}.
 
@@ -55,6 +56,7 @@ def measure_bits(
             over their level, and often tighter.
         rows: how many rows of the table a batch asks, see `some_rows`: the mean is that of all of them.
         tolerance: of the flow's solver.
+        source: the pictures, where they are open already.
 
     Raises:
         ValueError: a bound for a path that has no table, or counts that measure nothing.
@@ -67,7 +69,7 @@ def measure_bits(
     last = len(schedule.table) - 1 if isinstance(schedule, VariancePreserving) else 0
     if method in FORMS and not last:
         raise ValueError(f"the path of {model} has no table of rows to sum over: take --method flow")
-    pictures = read_pictures(open_source(data, size, split="held_out"), size, cache)
+    pictures = read_pictures(source or open_source(data, size, split="held_out"), size, cache)
     chosen = permutation(len(pictures.captions), seed, 0)[:count]
     images = to_unit(pictures.pixels[chosen])
     captions = [pictures.captions[i][0] for i in chosen.tolist()]

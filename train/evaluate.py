@@ -10,6 +10,7 @@ samples come to the pictures of training, and how much those of one prompt diffe
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache as remembered
 from pathlib import Path
@@ -18,21 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from pipelines import TextToImagePipeline
-from train.data import generator, to_unit
+from train.data import generator, to_unit, written_aside
 from train.extractors import open_extractor
 from train.grid import grid
 from train.hashes import FileHashes
 from train.judge import answers_of, open_judge, verdicts
 from train.launch import start
 from train.metrics import diversity
-from train.neighbours import memorisation
+from train.neighbours import in_words, memorisation
 from train.pictograms import Pictograms, Row, captions, paint, things
 from train.pictures import Example, digest
 from train.recogniser import Recogniser
 from train.reference import Reference, open_reference
+from train.samples import Painting, open_painter, paint_samples
 from train.sources import open_source
 
 SIDE = 32  # pixels at which pictures are compared
@@ -127,19 +128,21 @@ def open_pictogram_judge(where: Path, objects: tuple[str, ...]) -> Recogniser:
 
 
 def beside_training(
-    pipe: TextToImagePipeline,
     images: list[Image.Image],
     rows: list[Row],
+    alike: list[Image.Image],
     judge: Path,
     out: Path,
     *,
     data: str,
-    seed: int,
     font: str | None,
     cache: Path,
 ) -> dict[str, Any]:
-    """Memorisation and diversity of the samples of training pairs, in the judge's features."""
-    accelerator, size = start(), pipe.model.size
+    """Memorisation and diversity of the samples of training pairs, in the judge's features.
+
+    alike: EACH samples of the prompt of each of the first ALIKE rows.
+    """
+    accelerator, size = start(), images[0].width
     extractor = open_extractor(str(judge), accelerator.device)
 
     def opened(images: list[Image.Image], captions: list[str]) -> Reference:
@@ -148,22 +151,23 @@ def beside_training(
     asked = [captions(*row[:3])[0] for row in rows]
     real = [paint(*row[:3], size, UNSEEN, font=font) for row in rows]
     training = open_reference(open_source(data, size, font=font), extractor, size, cache, accelerator, workers=0)
-    sheet = out / "neighbours.png"
-    found = {"memorisation": memorisation(opened(images, asked), opened(real, asked), training, sheet)}
-    some = [prompt for prompt in asked[:ALIKE] for _ in range(EACH)]
-    alike: list[Image.Image] = []
-    for i in tqdm(range(0, len(some), EACH), desc="several of a prompt"):
-        alike += pipe(some[i : i + EACH], seed=seed + 1000 + i).images
+    ours, theirs = opened(images, asked), opened(real, asked)
+    some = several(asked)
     drawn = [paint(*row[:3], size, UNSEEN + i, font=font) for row in rows[:ALIKE] for i in range(EACH)]
-    ours, theirs = (diversity(opened(pictures, some).features(), some)[0] for pictures in (alike, drawn))
-    found["diversity"] = {"of_a_prompt": ours, "of_its_drawings": theirs, "prompts": len(rows[:ALIKE]), "each": EACH}
-    near = found["memorisation"]
-    print(
-        f"to the nearest training picture, median: of samples {near['samples_to_training']:.3g}, of drawings that were "
-        f"not trained on {near['held_out_to_training']:.3g}; between pictures of one prompt: samples {ours:.3g}, "
-        f"drawings {theirs:.3g} (features of {judge})"
-    )
-    return found
+    apart, drawings = (diversity(opened(pictures, some).features(), some)[0] for pictures in (alike, drawn))
+    if not accelerator.is_main_process:
+        return {}
+    near = memorisation(ours, theirs, training, out / "neighbours.png")
+    spread = {"of_a_prompt": apart, "of_its_drawings": drawings, "prompts": len(rows[:ALIKE]), "each": EACH}
+    for line in in_words(near, "fresh drawings"):
+        print(line)
+    print(f"between pictures of one prompt: samples {apart:.3g}, drawings {drawings:.3g} (features of {judge})")
+    return {"memorisation": near, "diversity": spread}
+
+
+def several(prompts: list[str]) -> list[str]:
+    """The first prompts, each as often as its samples are compared with one another."""
+    return [prompt for prompt in prompts[:ALIKE] for _ in range(EACH)]
 
 
 def evaluate(
@@ -175,16 +179,21 @@ def evaluate(
     font: str | None = None,
     judge: Path | None = None,
     cache: Path = Path("cache"),
+    batch: int = 32,
+    lora: Sequence[str] = (),
+    lora_weight: Sequence[float] = (1.0,),
 ) -> dict:
-    """Paints `prompts` training pairs and half as many held-out ones, judges them, and writes figures and sheets.
+    """Paints `prompts` training pairs and half as many held-out ones, judges them, and writes figures and sheets. The
+    pictures are kept in `out`/samples (`train.samples.paint_samples`).
 
     Returns what evaluation.json holds: the shares of right objects, the misses, the autoencoder's PSNR, the settings;
     with a judge the shares that it finds right, and what `beside_training` says.
     """
     if prompts < 2:
         raise ValueError(f"--prompts {prompts}: expected at least 2")
-    pipe = TextToImagePipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
+    accelerator = start()
+    say, how = accelerator.print, Painting(seed=seed, batch=batch)
+    pipe = open_painter(model, lora, lora_weight, accelerator.device)
     trained_on = pipe.model.defaults.data
     if not trained_on.startswith("pictograms"):
         raise ValueError(
@@ -195,33 +204,40 @@ def evaluate(
     objects = tuple(name for name, thing in things().items() if everything or thing.everyday)
     network = open_pictogram_judge(judge, objects) if judge else None
     out.mkdir(parents=True, exist_ok=True)
+
+    def painted(name: str, asked: list[str]) -> list[Image.Image]:
+        source = paint_samples(pipe, asked, out / "samples" / name, how, accelerator, reference=digest(*asked))
+        return [source[i].image for i in range(len(source))]
+
     result: dict = {"model": str(model), "objects": len(objects), "seed": seed, "judge": "nearest in 32×32 pixels"}
     for split, count in (("train", prompts), ("held_out", prompts // 2)):
         rows = draw_rows(split, count, objects, seed, font)
         count = len(rows)  # fewer where the split has no more
         asked = [captions(*row[:3])[0] for row in rows]
-        images: list[Image.Image] = []
-        began = time.perf_counter()
-        for i in tqdm(range(0, len(asked), 8), desc=f"painting {split} pairs"):
-            images += pipe(asked[i : i + 8], seed=seed + i).images
-        seconds = (time.perf_counter() - began) / len(asked)
+        there, began = any((out / "samples" / split).glob("*.png")), time.perf_counter()
+        images = painted(split, asked)
+        seconds = None if there else (time.perf_counter() - began) / count  # of all that were painted now
         found = [nearest(image, row, objects, font) for image, row in zip(images, rows, strict=True)]
         misses = [f"{row.style} {row.object} -> {f}" for row, f in zip(rows, found, strict=True) if f != row.object]
         said = [a if f == row.object else f"wrong ({f}): {a}" for a, f, row in zip(asked, found, rows, strict=True)]
-        grid(images, said, columns=10).save(out / f"{split}.png")
+        if accelerator.is_main_process:
+            grid(images, said, columns=10).save(out / f"{split}.png")
         result[split] = {"prompts": count, "right": 1 - len(misses) / count, "misses": misses}
         result[split]["seconds_per_picture"] = seconds
-        print(f"{split} pairs: {1 - len(misses) / count:.1%} of {count} closest to their own object")
+        say(f"{split} pairs: {1 - len(misses) / count:.1%} of {count} closest to their own object")
         if network and judge:
             shares = judged(network, images, rows)
             result[split]["judged"] = shares
-            print(f"{split} pairs, by {judge}: " + ", ".join(f"{task} {share:.1%}" for task, share in shares.items()))
+            say(f"{split} pairs, by {judge}: " + ", ".join(f"{task} {share:.1%}" for task, share in shares.items()))
             if split == "train":
-                beside: dict[str, Any] = {"data": trained_on.split("+")[0], "seed": seed, "font": font, "cache": cache}
-                result |= {"judged_by": str(judge), **beside_training(pipe, images, rows, judge, out, **beside)}
+                beside: dict[str, Any] = {"data": trained_on.split("+")[0], "font": font, "cache": cache}
+                alike = painted("several", several(asked))
+                result |= {"judged_by": str(judge), **beside_training(images, rows, alike, judge, out, **beside)}
     rows = draw_rows("train", 60, objects, seed + 1, font)
     result["reconstruction_psnr_db"] = reconstruction_psnr(pipe, rows, pipe.model.size, font)
-    print("reconstructions, dB: " + ", ".join(f"{k} {v:.1f}" for k, v in result["reconstruction_psnr_db"].items()))
-    (out / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"figures and sheets in {out}")
+    say("reconstructions, dB: " + ", ".join(f"{k} {v:.1f}" for k, v in result["reconstruction_psnr_db"].items()))
+    if accelerator.is_main_process:
+        with written_aside(out / "evaluation.json") as partial:
+            partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    say(f"figures and sheets in {out}")
     return result

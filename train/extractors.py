@@ -13,7 +13,9 @@ What a picture goes through is said by `Extractor.resize`: Pillow's resampling, 
 a picture smaller. Resizing that does not changes distances more than models differ (Parmar et al., arXiv:2104.11222).
 """
 
+import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,9 @@ from train.cache import weights_digest
 from train.data import to_unit
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al., 2021
+WITH_CLASS_TOKEN = (  # of transformers, as its first; others begin with a patch, or have no tokens
+    "vit", "vit_msn", "deit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"
+)  # fmt: skip
 INCEPTION, INCEPTION_SIDE = "inception", 299
 HERE = (
     "Without it, features that need no download: a run of train/recogniser.py (--preset cifar10, mnist or pictograms) "
@@ -50,6 +55,7 @@ class Extractor:
     side: int  # of the pictures that it takes, in pixels
     compute: Callable[[Tensor], Tensor]  # uint8 [B, side, side, 3] -> [B, d]
     embed: Callable[[Sequence[str]], Tensor] | None = None  # captions to [B, d], where it is a CLIP
+    is_fids: bool = False  # FID's own Inception, with the weights whose distances are called FID
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -68,7 +74,13 @@ class Extractor:
         """Square pictures, uint8 [side, side, 3] each -> [B, d] float32, on the CPU."""
         resized = [np.asarray(self._resized(one)) for one in pixels]
         device = next(self.network.parameters()).device
-        return self.compute(torch.from_numpy(np.stack(resized)).to(device)).float().cpu()
+        features = self.compute(torch.from_numpy(np.stack(resized)).to(device)).float().cpu()
+        if features.ndim != 2 or len(features) != len(pixels):
+            raise ValueError(
+                f"the extractor {self.name} gives features of shape {list(features.shape)} for {len(pixels)} pictures: "
+                "expected a row for each"
+            )
+        return features
 
     def _resized(self, pixels: np.ndarray) -> Image.Image | np.ndarray:
         if pixels.shape[:2] == (self.side, self.side):
@@ -111,6 +123,7 @@ def _inception(name: str, file: str) -> Extractor:
     if file and not Path(file).expanduser().is_file():
         raise ValueError(f"--extractor {name}: no file there; the weights are those of {source}. {HERE}")
     state = _read_weights(Path(file).expanduser()) if file else _fetched(source)
+    known = not file or _is_download(Path(file).expanduser(), source)
     with tempfile.TemporaryDirectory() as folder:  # the library would unpickle whatever a file holds: it gets tensors
         copy = Path(folder) / "weights.pth"
         torch.save(state, copy)
@@ -122,7 +135,14 @@ def _inception(name: str, file: str) -> Extractor:
             raise ValueError(
                 f"--extractor {name}: not the weights of FID's Inception, those of {source} ({str(error)[:200]})"
             ) from None
-    return Extractor(name, network, INCEPTION_SIDE, lambda pixels: network(pixels.permute(0, 3, 1, 2)))
+    return Extractor(name, network, INCEPTION_SIDE, lambda pixels: network(pixels.permute(0, 3, 1, 2)), is_fids=known)
+
+
+def _is_download(file: Path, url: str) -> bool:
+    """Whether a file is the one at an address, whose name ends in the beginning of its SHA-256, as torch.hub has it."""
+    said = re.search(r"-([0-9a-f]{8,})\.", url.rpartition("/")[2])
+    with open(file, "rb") as opened:
+        return said is not None and hashlib.file_digest(opened, "sha256").hexdigest().startswith(said[1])
 
 
 def _fetched(url: str) -> dict[str, Tensor]:
@@ -251,6 +271,11 @@ def _transformers(name: str, where: str) -> Extractor:
             "clip": transformers.CLIPModel,
             "clip_vision_model": transformers.CLIPVisionModelWithProjection,
         }
+        if config.model_type not in (*kinds, *WITH_CLASS_TOKEN):
+            raise ValueError(
+                f"a {config.model_type}, of which it is not known that its first token stands for the whole picture: "
+                f"expected one of {', '.join((*kinds, *WITH_CLASS_TOKEN))}"
+            )
         opener = kinds.get(config.model_type, transformers.AutoModel)
         model, told = opener.from_pretrained(where, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         lacking = [

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,9 +54,26 @@ class Found(NamedTuple):
     captions: dict[Path, tuple[str, ...]]
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder and of those below it, in the order of their names."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not f.name.startswith("."))
+
+
+def open_pictures(folder: Path, template: Template | None = None, say: Callable[[str], None] = print) -> FolderSource:
+    """All pictures of a folder, for those who can do without captions: with the captions of those that have some."""
+    files, said, origin = pictures_in(folder), {}, "none"
+    if files:
+        try:
+            known = open_folder(folder, template)
+            said, origin = dict(zip(known.files, known.captions, strict=True)), known.origin
+        except ValueError as error:
+            say(f"no captions in {folder}: {error}")
+    return FolderSource(files, [said.get(file, ()) for file in files], origin)
+
+
 def open_folder(folder: Path, template: Template | None = None) -> FolderSource:
     """The pictures of a folder and of those below it; ValueError where too many have no caption."""
-    pictures = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not f.name.startswith("."))
+    pictures = pictures_in(folder)
     if not pictures:
         raise ValueError(
             f"no pictures in {folder}: expected files ending in {', '.join(sorted(PICTURES))}, .parquet or .tar files"

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from conditioning.context import Unconditional
 from ldm.classifier import NoisyClassifier
-from pipelines import TextToImagePipeline
 from pipelines.classifier import load_classifier
 from pipelines.files import newest, read_json
-from train.data import fit, generator, to_unit
+from train.data import fit, generator, to_unit, written_aside
 from train.grid import grid
+from train.launch import start
 from train.pictograms import GROUNDS, STYLES, captions, things
+from train.pictures import digest
 from train.recogniser import Recogniser, RecogniserConfig, as_seen, load_recogniser
+from train.samples import Painting, is_told, open_painter, paint_samples
 from vae.autoencoder import Identity
 
 LEVEL = 0.05  # of the noise that the judge is shown: the least that it was trained on, nearly
@@ -91,8 +91,19 @@ def drawn_captions() -> dict[str, dict[str, str]]:
     return {said: {"object": o, "style": s} for o, s, g in every for said in captions(o, s, g)}
 
 
-def evaluate_classes(model: str, judge: Path, out: Path, *, prompts: int = 100, seed: int = 0) -> dict:
-    """Paints `prompts` pictures, as many of each of the judge's classes, and writes figures and a sheet.
+def evaluate_classes(
+    model: str,
+    judge: Path,
+    out: Path,
+    *,
+    prompts: int = 100,
+    seed: int = 0,
+    batch: int = 32,
+    lora: Sequence[str] = (),
+    lora_weight: Sequence[float] = (1.0,),
+) -> dict:
+    """Paints `prompts` pictures, as many of each of the judge's classes, and writes figures and a sheet; the pictures
+    are kept in `out`/samples (`train.samples.paint_samples`).
 
     Of a model that is told nothing it says which classes came, evenly or not. Returns what evaluation.json holds.
     """
@@ -109,31 +120,32 @@ def evaluate_classes(model: str, judge: Path, out: Path, *, prompts: int = 100, 
             f"the judge {judge} looks at latents of {channels} channels: expected one of pixels "
             "(train/classifier.py --preset clean)"
         )
-    pipe = TextToImagePipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
     each = prompts // len(names)
     if not each:
         raise ValueError(f"--prompts {prompts}: expected at least {len(names)}, one for each class of the judge")
-    told = not isinstance(pipe.model.conditioner, Unconditional)
-    asked = [name for name in names for _ in range(each)]
-    images: list[Image.Image] = []
-    for start in tqdm(range(0, len(asked), 50), desc="painting"):
-        part = asked[start : start + 50]
-        images += pipe(part if told else [""] * len(part), seed=seed + start).images
+    accelerator = start()
+    pipe = open_painter(model, lora, lora_weight, accelerator.device)
+    told = is_told(pipe)
+    asked = [name if told else "" for name in names for _ in range(each)]
+    how = Painting(seed=seed, batch=batch)
+    painted = paint_samples(pipe, asked, out / "samples", how, accelerator, reference=digest(*asked))
+    images = [painted[i].image for i in range(len(painted))]
     found = verdicts(classifier, images)
-    out.mkdir(parents=True, exist_ok=True)
     shown = [image for i in range(len(names)) for image in images[i * each : i * each + min(each, SHOWN)]]
-    grid(shown, columns=2 * min(each, SHOWN)).save(out / "samples.png")
+    if accelerator.is_main_process:
+        grid(shown, columns=2 * min(each, SHOWN)).save(out / "samples.png")
     result: dict = {"model": model, "judge": str(judge), "pictures": len(images), "seed": seed}
     if told:
         right = found == torch.arange(len(names)).repeat_interleave(each)
         by_class = right.view(len(names), each).float().mean(1)
         result |= {"right": float(right.float().mean()), "by_class": dict(zip(names, by_class.tolist(), strict=True))}
-        print(f"{result['right']:.1%} of {len(images)} pictures are what was asked for, says {judge}")
+        accelerator.print(f"{result['right']:.1%} of {len(images)} pictures are what was asked for, says {judge}")
     else:
         shares = torch.bincount(found, minlength=len(names)) / len(images)
         result["share_of_class"] = dict(zip(names, shares.tolist(), strict=True))
-        print(", ".join(f"{name} {share:.1%}" for name, share in result["share_of_class"].items()))
-    (out / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"figures and sheet in {out}")
+        accelerator.print(", ".join(f"{name} {share:.1%}" for name, share in result["share_of_class"].items()))
+    if accelerator.is_main_process:
+        with written_aside(out / "evaluation.json") as partial:
+            partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    accelerator.print(f"figures and sheet in {out}")
     return result

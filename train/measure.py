@@ -4,31 +4,45 @@ Every number is said with what it hangs on: the extractor and its hash, the coun
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from ldm.schedule import VariancePreserving
 from pipelines import TextToImagePipeline
 from pipelines.files import newest
-from train.bits import measure_bits
+from train.bits import Method, measure_bits
+from train.data import written_aside
 from train.extractors import Extractor, open_extractor
-from train.folders import FolderSource
+from train.folders import FolderSource, open_pictures, pictures_in
 from train.judge import right_by_caption
 from train.launch import start
 from train.metrics import clip_score, diversity, frechet_distance, kernel_distance, precision_recall
-from train.neighbours import memorisation
+from train.neighbours import in_words, memorisation
 from train.recogniser import ACCURACY, Recogniser
 from train.reference import Reference, open_reference
-from train.samples import NOTES, Painting, common_side, is_model, is_told, paint_samples, prompts_of, read_samples
+from train.samples import (
+    NOTES,
+    Painting,
+    common_side,
+    is_model,
+    is_told,
+    open_painter,
+    paint_samples,
+    prompts_of,
+    read_samples,
+)
 from train.sources import describe, open_source
 
+FILE = "metrics.json"
 METRICS = ("fid", "kid", "precision", "recall", "clip", "diversity", "accuracy", "bpd")
 PAIRED = {"kid", "precision", "recall"}
 PAIRS = 10_000  # pictures of each set, at most, whose distances or products with one another are computed
+FEWEST = {"fid": 2, "kid": 4, "precision": 4, "recall": 4}  # pictures of each set
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,9 @@ class Measuring:
     metrics: str = "fid,kid,precision,recall"
     extractor: str = "inception"
     clip: str = ""  # of the CLIP score; "": the extractor
+    template: str = ""  # makes the captions of the reference
+    lora: tuple[str, ...] = ()  # merged into the model
+    lora_weight: tuple[float, ...] = (1.0,)
     samples: int | None = None  # None: all of a folder's; of a model 10,000, on a CPU 1,000
     painting: Painting = field(default_factory=Painting)
     training: str = ""  # what the model was trained on: its nearest pictures are looked for
@@ -63,34 +80,66 @@ class Measuring:
 
 
 def measure(how: Measuring, pipe: TextToImagePipeline | None = None) -> dict[str, Any]:
-    """Paints or reads the samples, prints every number, and writes them to `out`/metrics.json; returns what it holds.
+    """Paints or reads the samples, prints every number and writes it to `out`/metrics.json as soon as it is known;
+    returns what that file holds.
 
-    pipe: the model, where it is open already.
+    pipe: the model, where it is open already, with its LoRAs.
 
     Raises ValueError for what can't be measured, before anything is painted.
     """
     accelerator = start()
     say = accelerator.print
-    painted = pipe is not None or is_model(how.model)
-    if painted and pipe is None:
-        pipe = TextToImagePipeline.from_pretrained(how.model, device=accelerator.device)
-    if "bpd" in how.wanted and pipe is None:
-        raise ValueError(f"bpd is measured by a model: {how.model} is a folder of pictures")
+    if pipe is None and is_model(how.model):
+        pipe = open_painter(how.model, how.lora, how.lora_weight, accelerator.device)
+    elif pipe is None and how.lora:
+        raise ValueError(f"--lora {how.lora[0]} is loaded into a model, and {how.model} is a folder of pictures")
+    if "bpd" in how.wanted:
+        _check_bits(how, pipe)
     result: dict[str, Any] = {"model": how.model, "metrics": []}
     if set(how.wanted) - {"bpd"} or how.training:
         _of_features(how, pipe, accelerator, result)
-    if "bpd" in how.wanted and accelerator.is_main_process:
-        bits = _bits(how)
+    else:
+        _check_out(how, {"data": how.reference})
+        result["reference"] = {"data": how.reference}
+    if "bpd" in how.wanted and pipe is not None and accelerator.is_main_process:
+        bits = _bits(how, pipe)
         result["metrics"].append(bits)
         spread = f"{bits['value']:.4f} ± {bits['deviation']:.4f}"
         say(f"bits per dimension: {spread} [by the {bits['method']}, {bits['pictures']} pictures of {how.reference}]")
+        _write(how, result)
     if accelerator.is_main_process:
-        how.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-        (how.out / "metrics.json").write_text(text, encoding="utf-8")
-        say(f"written to {how.out / 'metrics.json'}")
+        say(f"written to {how.out / FILE}")
     accelerator.wait_for_everyone()
     return result
+
+
+def _write(how: Measuring, result: dict[str, Any]) -> None:
+    how.out.mkdir(parents=True, exist_ok=True)
+    with written_aside(how.out / FILE) as partial:
+        partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_out(how: Measuring, reference: dict[str, Any]) -> None:
+    """ValueError where the numbers would replace those of another reference."""
+    file = how.out / FILE
+    before = json.loads(file.read_text(encoding="utf-8")).get("reference", {}) if file.is_file() else {}
+    key = "hash" if "hash" in before and "hash" in reference else "data"
+    if before.get(key, reference[key]) != reference[key]:
+        raise ValueError(
+            f"{file} holds numbers against another reference, {before['data']}: give another --out (of a model's "
+            f"samples, {how.out / 'samples'} can stand in the place of the model: they are not painted again)"
+        )
+
+
+def _open_real(how: Measuring, data: str, size: int, *, needed: bool, say: Any, split: str = "train") -> Any:
+    """A source of real pictures; a folder may do without captions, unless they are needed."""
+    try:
+        return open_source(data, size, split=split, font=how.font, template=how.template)
+    except ValueError:
+        folder = Path(data).expanduser()
+        if needed or how.template or not folder.is_dir() or not pictures_in(folder):
+            raise
+        return open_pictures(folder, say=say)
 
 
 def _of_features(
@@ -117,21 +166,32 @@ def _of_features(
 
     if pipe is None:
         given: FolderSource = read_samples(how.model, how.samples, say)
-        size = how.size or common_side(given)
+        size, count = how.size or common_side(given), len(given)
+        if needing and not any(given.captions):
+            raise ValueError(f"{needing[0]} compares pictures with their captions, and those of {how.model} have none")
     else:
         if how.size not in (None, pipe.model.size):
             raise ValueError(f"--size {how.size} is for folders of pictures: this model paints {pipe.model.size}")
-        size = pipe.model.size
-    source = open_source(how.reference, size, font=how.font)
+        size, count = pipe.model.size, how.samples or (10_000 if accelerator.device.type == "cuda" else 1000)
+    needed = "accuracy" in how.wanted or (pipe is not None and is_told(pipe))
+    source = _open_real(how, how.reference, size, needed=needed, say=say)
     say(f"reference: {describe(source, size)}")
     reference = open_set(source, extractor, how.cache)
+    said = {"data": how.reference, "pictures": len(reference), "hash": reference.hash}
+    _check_out(how, said)
+    for name in how.wanted:
+        if min(count, len(reference)) < (fewest := FEWEST.get(name, 1)):
+            raise ValueError(
+                f"{name} of {count} samples and {len(reference)} pictures of --reference: expected {fewest} or more of "
+                "each"
+            )
     if "accuracy" in how.wanted:
         _right(extractor, reference)  # which says what it can't judge
     training = None
     if how.training:
-        training = open_set(open_source(how.training, size, font=how.font), extractor, how.cache)
+        real = _open_real(replace(how, template=""), how.training, size, needed=False, say=say)
+        training = open_set(real, extractor, how.cache)
     if pipe is not None:
-        count = how.samples or (10_000 if accelerator.device.type == "cuda" else 1000)
         prompts = prompts_of(pipe, reference.captions, count, how.painting.seed)
         pipe.set_progress_bar_config(disable=True)
         folder = how.out / "samples"
@@ -141,12 +201,7 @@ def _of_features(
     embedded = samples if clip is extractor or "clip" not in how.wanted else open_set(given, clip, how.out / "features")
     if not accelerator.is_main_process:
         return
-    result |= {
-        "samples": len(samples),
-        "size": size,
-        "reference": {"data": how.reference, "pictures": len(reference), "hash": reference.hash},
-        "extractor": _described(extractor),
-    }
+    result |= {"samples": len(samples), "size": size, "reference": said, "extractor": _described(extractor)}
     if len(samples) <= (dim := samples.moments().mean.numel()) and "fid" in how.wanted:
         say(
             f"warning: {len(samples)} samples, and {dim} features: a covariance of fewer samples than features is "
@@ -155,56 +210,57 @@ def _of_features(
     for found in _numbers(how, samples, reference, extractor, clip, embedded):
         result["metrics"].append(found)
         say(_line(found, size, reference, clip if found["metric"] == "clip" else extractor))
+        _write(how, result)  # what comes next may fail
     if training is not None:
-        found = memorisation(samples, reference, training, how.out / "neighbours.png")
-        result["memorisation"] = found
-        say(
-            f"distance to the nearest training picture, median: of samples {found['samples_to_training']:.4g}, of the "
-            f"reference {found['held_out_to_training']:.4g}; side by side in {found['sheet']}"
-        )
+        result["memorisation"] = memorisation(samples, reference, training, how.out / "neighbours.png")
+        _write(how, result)
+        for line in in_words(result["memorisation"], "the reference"):
+            say(line)
 
 
 def _numbers(
     how: Measuring, samples: Reference, reference: Reference, extractor: Extractor, clip: Extractor, embedded: Reference
-) -> list[dict[str, Any]]:
-    """Each metric that was asked for, in the order of METRICS."""
+) -> Iterator[dict[str, Any]]:
+    """Each metric that was asked for, in the order of METRICS, as soon as it is known."""
     wanted, on = set(how.wanted), f"on {extractor.name} features"
     counts = {"samples": len(samples), "pictures": len(reference)}
     some = {key: min(count, PAIRS) for key, count in counts.items()}
-    found: list[dict[str, Any]] = []
     if "fid" in wanted:
-        name = "FID" if extractor.is_inception else f"Fréchet distance {on} (not FID)"
         distance = frechet_distance(samples.moments(), reference.moments())
-        found.append({"metric": "fid", "name": name, "value": distance, **counts})
+        named = ("frechet", f"Fréchet distance {on} (not FID)")
+        if extractor.is_inception:
+            named = ("frechet", f"Fréchet distance, Inception weights of {extractor.name.partition(':')[2]}")
+        metric, name = ("fid", "FID") if extractor.is_fids else named
+        yield {"metric": metric, "name": name, "value": distance, **counts}
     ours, theirs = (z.features(PAIRS) if wanted & PAIRED else torch.empty(0) for z in (samples, reference))
     if "kid" in wanted:
-        name, scale = "KID", 1.0
+        name, scale = "KID" if extractor.is_fids else f"kernel distance {on} (not KID)", 1.0
         if not extractor.is_inception:  # whose features alone are of the size that the kernel was made for
             name = f"kernel distance {on} of mean square 1 (not KID)"
             scale = float(theirs.double().square().mean().sqrt())
         mean, deviation = kernel_distance(theirs / scale, ours / scale)
-        found.append({"metric": "kid", "name": name, "value": mean, "deviation": deviation, **some})
+        metric = "kid" if extractor.is_fids else "kernel"
+        yield {"metric": metric, "name": name, "value": mean, "deviation": deviation, **some}
     if wanted & {"precision", "recall"}:
         equal = min(len(ours), len(theirs))  # as that paper has it: the supports grow with the counts
         support = precision_recall(theirs[_some(len(theirs), equal)], ours[_some(len(ours), equal)])
         alike = {"samples": equal, "pictures": equal, "k": 3}
         for metric in ("precision", "recall"):
             if metric in wanted:
-                found.append({"metric": metric, "name": f"{metric} {on}", "value": getattr(support, metric), **alike})
+                yield {"metric": metric, "name": f"{metric} {on}", "value": getattr(support, metric), **alike}
     if "clip" in wanted:
-        found.append(_clip(embedded, clip))
+        yield _clip(embedded, clip)
     if "accuracy" in wanted:
         real = _right(extractor, reference)
         for task, share in _right(extractor, samples).items():
             both = {"value": share, "reference_value": real[task], **counts}
-            found.append({"metric": f"{task} accuracy", "name": f"{task} right, by {extractor.name}", **both})
+            yield {"metric": f"{task} accuracy", "name": f"{task} right, by {extractor.name}", **both}
     if "diversity" in wanted:
         (value, groups), (real_value, real_groups) = map(_diversity, (samples, reference))
         more: dict[str, Any] = {"value": value if groups else None}
         more |= {"reference_value": real_value if real_groups else None}
         more |= {"prompts": groups, "reference_captions": real_groups, **some}
-        found.append({"metric": "diversity", "name": f"diversity within a prompt {on}", **more})
-    return found
+        yield {"metric": "diversity", "name": f"diversity within a prompt {on}", **more}
 
 
 def _some(count: int, wanted: int) -> torch.Tensor:
@@ -262,14 +318,32 @@ def _said(value: float | None) -> str:
     return "none, no two of one" if value is None else f"{value:.4f}"
 
 
-def _bits(how: Measuring) -> dict[str, Any]:
-    measured: Callable[..., dict[str, float]] = measure_bits
-    try:
-        method, found = "elbo", measured(how.model, how.reference, cache=how.cache, seed=how.painting.seed)
-    except ValueError as error:
-        if "take --method flow" not in str(error):  # a path that has no table of rows
-            raise
-        method = "flow"
-        found = measured(how.model, how.reference, method=method, cache=how.cache, seed=how.painting.seed)
+def _check_bits(how: Measuring, pipe: TextToImagePipeline | None) -> None:
+    """ValueError where no bits per dimension could be measured."""
+    if pipe is None:
+        raise ValueError(f"bpd is measured by a model: {how.model} is a folder of pictures")
+    if pipe.loras:
+        raise ValueError(f"bpd is of models without LoRAs, and {min(pipe.loras)} is loaded: leave one of both out")
+    if pipe.model.inpaints:
+        raise ValueError(f"bpd is of models of whole pictures, and {how.model} paints what is missing in one")
+    source = _told_pictures(how, pipe)
+    if len(source) < 2:
+        raise ValueError(f"bpd of {len(source)} picture of --reference: expected two or more")
+
+
+def _told_pictures(how: Measuring, pipe: TextToImagePipeline) -> Any:
+    """The reference as bits are measured on it: with captions, which may be empty where the model is told nothing."""
+    told, silent = is_told(pipe), lambda *_: None
+    source = _open_real(how, how.reference, pipe.model.size, needed=told, say=silent, split="held_out")
+    if not told and isinstance(source, FolderSource):
+        source = replace(source, captions=[said or ("",) for said in source.captions])
+    return source
+
+
+def _bits(how: Measuring, pipe: TextToImagePipeline) -> dict[str, Any]:
+    """By the bound, or by the flow on a path that has no table of rows."""
+    method: Method = "elbo" if isinstance(pipe.model.schedule, VariancePreserving) else "flow"
+    options: dict[str, Any] = {"cache": how.cache, "seed": how.painting.seed, "source": _told_pictures(how, pipe)}
+    found = measure_bits(how.model, how.reference, method=method, **options)
     numbers = {"value": found["bits_per_dim"], "deviation": found["standard_error"], "pictures": found["pictures"]}
     return {"metric": "bpd", "name": "bits per dimension", "method": method, **numbers}

@@ -74,11 +74,12 @@ def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 100
     """Squared maximum mean discrepancy under k(x, y) = (x·y / d + 1)³, its unbiased estimator, over random subsets:
     KID where the features are Inception's (Bińkowski et al., arXiv:1801.01401, section 4).
 
-    size: pictures of each set in a subset; as many as the smaller set has, where that is less.
+    size: pictures of each set in a subset; half of the smaller set, where that is less: subsets that are nearly the
+    same few pictures would say that the spread is nothing.
     """
-    size = min(size, len(x), len(y))
+    size = min(size, len(x) // 2, len(y) // 2)
     if size < 2:
-        raise ValueError(f"a kernel distance of {len(x)} and {len(y)} pictures: expected two or more of each")
+        raise ValueError(f"a kernel distance of {len(x)} and {len(y)} pictures: expected four or more of each")
     found = []
     for i in range(subsets):
         draw = generator(seed, i)

@@ -15,6 +15,23 @@ SAME = 1e-6  # distance, as a share of the features' length, below which picture
 NEAR = 0.01  # share of the held-out pictures that are as near as a "near" sample
 
 
+def in_words(found: dict[str, Any], held_out: str) -> list[str]:
+    """What a person is told of `memorisation`; held_out: what those pictures are."""
+    counts = found["pictures"]
+    lines = [
+        f"distance to the nearest training picture, median: of samples {found['samples_to_training']:.4g}, "
+        f"of {held_out} {found['held_out_to_training']:.4g}; nearer than the nearest {NEAR:.0%} of {held_out} are "
+        f"{found['share_of_samples_nearer_than_1%_of_held_out']:.1%} of {counts['samples']} samples; side by side in "
+        f"{found['sheet']}"
+    ]
+    if known := found["held_out_that_are_in_training"]:
+        lines.append(
+            f"warning: {known} of {counts['held_out']} pictures of {held_out} are in the training set: samples look "
+            "less like copies beside them than they are; compare with pictures that the model never saw"
+        )
+    return lines
+
+
 def memorisation(samples: Reference, held_out: Reference, training: Reference, sheet: Path) -> dict[str, Any]:
     """Compares the distances, in features, and writes the sheet.
 

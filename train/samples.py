@@ -1,7 +1,8 @@
 """Pictures to be measured: painted by a model for the captions of a reference, or read from a folder.
 
-Picture i has the prompt of row i of a fixed order of the reference's captions, and the seed + i. It is written aside
-and renamed, so that a run which was killed goes on with the pictures that lack, by any number of processes.
+Picture i has the prompt of row i of a fixed order of the reference's captions, and the noise of seed · NOISES + i, so
+that no two seeds share one. It is written aside and renamed, so that a run which was killed goes on with the pictures
+that lack, by any number of processes.
 """
 
 import json
@@ -19,10 +20,11 @@ from pipelines import TextToImagePipeline
 from pipelines.files import checkpoints, newest
 from train.cache import weights_digest
 from train.data import batch_indices, written_aside
-from train.folders import FolderSource, open_folder
+from train.folders import FolderSource, open_pictures
 from train.pictures import PICTURES, digest
 
 NOTES = "samples.json"  # in the folder of the pictures: what they were painted with
+NOISES = 1_000_000  # of a seed: as many pictures have noise that no other seed has
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,27 @@ class Painting:
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
-    seed: int = 0
+    seed: int = 0  # picture i is painted from the noise of seed · NOISES + i
     batch: int = 32
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"--batch {self.batch}: expected at least 1")
+        if abs(self.seed) >= 2**63 // NOISES:
+            raise ValueError(f"--seed {self.seed}: expected less than {2**63 // NOISES}")
+
+
+def open_painter(
+    model: str | Path | None, lora: Sequence[str], weights: Sequence[float], device: Any = None
+) -> TextToImagePipeline:
+    """A model with LoRAs merged into it; weights: one for each, or one for all. Raises ValueError for others."""
+    if len(weights) not in (1, len(lora)):
+        raise ValueError(f"{len(weights)} --lora-weight for {len(lora)} --lora: give one, or as many")
+    pipe = TextToImagePipeline.from_pretrained(model, device=device)
+    for where, weight in zip(lora, weights if len(weights) > 1 else tuple(weights) * len(lora), strict=True):
+        pipe.load_lora(where, weight)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def is_told(pipe: TextToImagePipeline) -> bool:
@@ -83,12 +100,16 @@ def paint_samples(
 
     reference: names what the prompts were drawn from; of a longer run the first ones are the same.
 
-    Raises ValueError where the folder holds pictures that were painted otherwise.
+    Raises ValueError where the folder holds pictures that were painted otherwise, or for more than NOISES.
     """
-    defaults = pipe.model.defaults
+    if len(prompts) > NOISES:
+        raise ValueError(f"{len(prompts):,} samples: expected at most {NOISES:,}, for which a seed has noise")
+    defaults, first = pipe.model.defaults, how.seed * NOISES
     notes: dict[str, Any] = {"model": model_digest(pipe), "seed": how.seed, "size": pipe.model.size}
     notes |= {"steps": how.steps or defaults.steps, "sampler": how.sampler or defaults.sampler}
     notes |= {"guidance": defaults.guidance_scale if how.guidance is None else how.guidance}
+    notes["guidance_interval"] = list(defaults.guidance_interval) if defaults.guidance_interval else None
+    notes |= {"loras": pipe.loras or None, "first_noise": first}
     notes |= {"dtype": str(pipe.dtype).removeprefix("torch."), "batch": how.batch}
     notes["prompts"] = reference if any(prompts) else ""
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +121,7 @@ def paint_samples(
     for start in tqdm(lacking, desc="painting", unit="batch", disable=not accelerator.is_local_main_process):
         part = list(prompts[start : start + how.batch])
         painted = pipe(
-            part, seed=how.seed + start, steps=how.steps, guidance_scale=how.guidance, sampler=how.sampler
+            part, seed=first + start, steps=how.steps, guidance_scale=how.guidance, sampler=how.sampler
         ).images
         for image, file in zip(painted, files[start : start + how.batch], strict=True):
             if not file.is_file():
@@ -115,14 +136,11 @@ def paint_samples(
 
 
 def _check_notes(folder: Path, notes: dict[str, Any], accelerator: Accelerator) -> None:
-    """Writes them where there are none yet; ValueError where others are there."""
-    file = folder / NOTES
-    if file.is_file():
-        before = json.loads(file.read_text())
-    elif any(f.suffix in PICTURES for f in folder.iterdir()):
-        before = {}
-    else:
-        before = notes
+    """Writes them where there are no pictures yet; ValueError where some are there that were painted otherwise."""
+    file, before = folder / NOTES, notes
+    if any(f.suffix in PICTURES for f in folder.iterdir()):
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        before.setdefault("first_noise", before.get("seed"))  # of pictures that were painted before seeds were apart
     if changed := [key for key in notes if before.get(key) != notes[key]]:
         told = "; ".join(f"{key}: {before.get(key)!r} before, {notes[key]!r} now" for key in changed)
         raise ValueError(
@@ -146,17 +164,10 @@ def read_samples(folder: str, count: int | None, say: Any = print) -> FolderSour
     """The pictures of a folder and of those below it in the order of their names, `count` of them or all, with their
     captions, where there are any, as training finds them."""
     place = Path(folder).expanduser()
-    files = sorted(f for f in place.rglob("*") if f.suffix.lower() in PICTURES and not f.name.startswith("."))
-    if count is not None and count > len(files):
-        raise ValueError(f"--samples {count}: {folder} holds {len(files)} pictures")
-    files = files[:count]
-    try:
-        known = open_folder(place)
-        said = dict(zip(known.files, known.captions, strict=True))
-    except ValueError as error:
-        said = {}
-        say(f"no captions in {folder}: {error}")
-    return FolderSource(files, [said.get(file, ()) for file in files], "the folder")
+    found = open_pictures(place, say=say)
+    if count is not None and count > len(found):
+        raise ValueError(f"--samples {count}: {folder} holds {len(found)} pictures")
+    return FolderSource(found.files[:count], found.captions[:count], "the folder")
 
 
 def common_side(source: FolderSource) -> int:
