@@ -1,11 +1,14 @@
 """Muon against PyTorch's own on matrices, and against what orthogonalization and AdamW are."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+import train.muon
 from train.muon import Muon, orthogonalize
 
 
@@ -89,3 +92,30 @@ def test_what_does_not_train_is_left_alone():
     optimizer.step()
     assert torch.equal(net["hidden"].weight, frozen[0])
     assert torch.equal(net["linear"].weight, frozen[1])
+
+
+def moved() -> nn.Module:
+    """Two alike and a third layer, three updates later."""
+    net = nn.ModuleList([network(), network(), nn.Linear(7, 5)])
+    optimizer = Muon(net, 0.02, 0.1, torch.bfloat16)
+    for update in range(3):
+        give_gradients(net, update)
+        optimizer.step()
+    return net
+
+
+def one_of_three(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3)
+    given = []
+    whole = train.muon.orthogonalize
+    train.muon.orthogonalize = lambda matrices: given.append(len(matrices)) or whole(matrices)
+    torch.save((moved().state_dict(), sum(given)), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_matrices_and_all_get_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(one_of_three, (tmp_path,), nprocs=3)
+    alone, found = moved().state_dict(), [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    for weights, _ in found:
+        assert all(torch.equal(weights[name], weight) for name, weight in alone.items())
+    assert [count for _, count in found] == [3, 3, 9]  # in three updates: a large matrix, another, three small ones

@@ -2,8 +2,9 @@
 
 K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. Gradients of matrices are nearly of
 low rank, so the few directions that they agree on are learnt and the rest hardly move. Muon replaces the momentum by
-the nearest orthogonal matrix. After 330 updates of 64 the bundled U-Net's validation error at sigma 1 is 0.237, with
-AdamW 0.283 (rates 2e-3 and 1e-3).
+the nearest orthogonal matrix; of several processes each does so with its share of the matrices. After 330 updates of 64
+the validation error of the bundled U-Net, when it was one of 64×64, was 0.237 at sigma 1, and with AdamW 0.283 (rates
+2e-3 and 1e-3).
 """
 
 from collections import defaultdict
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MOMENTUM = 0.95  # of Muon
@@ -75,18 +77,18 @@ class Muon(torch.optim.Optimizer):
         alike = defaultdict(list)  # matrices of one shape are orthogonalized together
         for p in parameters:
             alike[p.shape].append(p)
-        for shape, all_of_it in alike.items():
-            for same in _parts(all_of_it, AT_ONCE // shape.numel()):
-                self._orthogonal_step(same, shape, group["lr"])
+        parts = [part for shape, same in alike.items() for part in _parts(same, AT_ONCE // shape.numel())]
+        for same, owners in zip(parts, _owners(parts), strict=True):
+            self._orthogonal_step(same, owners, group["lr"])
 
-    def _orthogonal_step(self, same: list[Tensor], shape: torch.Size, lr: float) -> None:
+    def _orthogonal_step(self, same: list[Tensor], owners: list[int], lr: float) -> None:
         gradients = _gradients(same)
         momenta = self._remembered("momentum", same)
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-        update = orthogonalize(torch.stack(ahead).flatten(2).to(self.dtype)).to(same[0].dtype)
+        update = _orthogonalized(torch.stack(ahead).flatten(2).to(self.dtype), owners).to(same[0].dtype)
         length = 0.2 * max(update.shape[1:]) ** 0.5
-        torch._foreach_add_(same, list(update.unflatten(2, shape[1:])), alpha=-lr * length)
+        torch._foreach_add_(same, list(update.unflatten(2, same[0].shape[1:])), alpha=-lr * length)
 
     def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Kingma & Ba (2015), algorithm 1."""
@@ -106,6 +108,38 @@ class Muon(torch.optim.Optimizer):
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
         return [self.state[p][name] for p in parameters]
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _owners(parts: list[list[Tensor]]) -> list[list[int]]:
+    """Which process orthogonalizes each matrix: the one that has least to do, the largest being given away first."""
+    work = [0.0] * _processes()
+    owners = [[0] * len(part) for part in parts]
+    costs = [first.numel() * min(len(first), first[0].numel()) for first, *_ in parts]
+    for i in sorted(range(len(parts)), key=lambda i: -costs[i]):
+        for j in range(len(parts[i])):
+            owners[i][j] = work.index(min(work))
+            work[owners[i][j]] += costs[i]
+    return owners
+
+
+def _orthogonalized(matrices: Tensor, owners: list[int]) -> Tensor:
+    """`orthogonalize`, each process its own matrices, which all then have."""
+    if (processes := _processes()) == 1:
+        return orthogonalize(matrices)
+    held = [[i for i, owner in enumerate(owners) if owner == process] for process in range(processes)]
+    mine = matrices.new_zeros(max(map(len, held)), *matrices.shape[1:])
+    if own := held[dist.get_rank()]:
+        mine[: len(own)] = orthogonalize(matrices[own])
+    every = mine.new_empty(processes * len(mine), *mine.shape[1:])
+    dist.all_gather_into_tensor(every.view(torch.uint8), mine.view(torch.uint8))  # bytes: Gloo has no bfloat16
+    found = torch.empty_like(matrices)
+    for indices, theirs in zip(held, every.split(len(mine)), strict=True):
+        found[indices] = theirs[: len(indices)]
+    return found
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
