@@ -18,6 +18,7 @@ from PIL import Image
 from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
 from conditioning.tokenizer import ClipTokenizer
 from ldm.unet import UNet, UNetConfig
+from pipelines import TextToImagePipeline
 from pipelines.folder import Defaults, Model, save_model, scheduler_config
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 
@@ -72,6 +73,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     save_model(tiny_model(), folder)
     return folder
+
+
+@pytest.fixture
+def pipe(model_folder: Path) -> TextToImagePipeline:
+    """A new one for each test, which may change it."""
+    pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="session")

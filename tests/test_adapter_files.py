@@ -13,11 +13,6 @@ from pipelines.adapters import NAME, read_lora, save_lora
 from tests.lora import PATHS, factors, own_weights
 
 
-@pytest.fixture
-def pipe(model_folder: Path) -> TextToImagePipeline:
-    return TextToImagePipeline.from_pretrained(model_folder, device="cpu")
-
-
 def test_the_oldest_names(tmp_path: Path, pipe: TextToImagePipeline) -> None:
     """As diffusers 0.14 to 0.20 wrote them, of attention only; and those of peft, and of one network alone."""
     made = factors(pipe.model)

@@ -18,13 +18,6 @@ PROMPT = "an oil painting of <cat> on a <hat>, <cat>"
 
 
 @pytest.fixture
-def pipe(model_folder: Path) -> TextToImagePipeline:
-    pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
 def theirs(model_folder: Path) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(model_folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)

@@ -38,13 +38,6 @@ def coloured(folder: Path, *, captions: bool = True) -> Path:
 
 
 @pytest.fixture
-def pipe(model_folder: Path) -> TextToImagePipeline:
-    pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
 def measuring(model_folder: Path, tmp_path: Path) -> Measuring:
     torch.manual_seed(0)
     network = Recogniser(RecogniserConfig(tasks=(("class", ("a", "b")),), sample_size=9, widths=(8, 6)))

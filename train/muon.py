@@ -135,7 +135,7 @@ def _orthogonalized(matrices: Tensor, owners: list[int]) -> Tensor:
     if own := held[dist.get_rank()]:
         mine[: len(own)] = orthogonalize(matrices[own])
     every = mine.new_empty(processes * len(mine), *mine.shape[1:])
-    dist.all_gather_into_tensor(every.view(torch.uint8), mine.view(torch.uint8))  # bytes: Gloo has no bfloat16
+    dist.all_gather_into_tensor(every, mine)
     found = torch.empty_like(matrices)
     for indices, theirs in zip(held, every.split(len(mine)), strict=True):
         found[indices] = theirs[: len(indices)]
