@@ -19,7 +19,7 @@ from ldm.forward import (
     transition,
 )
 from ldm.schedule import EDM, RectifiedFlow, VariancePreserving, step_grid
-from tests.test_samplers import Mixture, moments
+from tests.sampling import Mixture, moments
 
 VP, FLOW = VariancePreserving.linear(), RectifiedFlow()
 BETAS = VP.betas.double()

@@ -10,7 +10,7 @@ from diffusers import DDIMInverseScheduler
 from ldm.denoiser import Denoiser
 from ldm.samplers import SAMPLERS, ddim, dpmpp_2m, euler, heun, invert
 from ldm.schedule import EDM, SIGMA_INFINITY, RectifiedFlow, step_grid
-from tests.test_samplers import BOTTOM, LATENTS, LEADING, SD, TOP, VP, Mixture, Network, P, close, draw, grid, unscaled
+from tests.sampling import BOTTOM, LATENTS, LEADING, SD, TOP, VP, Mixture, Network, P, close, draw, grid, unscaled
 
 STEPS = (40, 80, 160)
 

@@ -11,7 +11,7 @@ from ldm.denoiser import score_from
 from ldm.langevin import langevin, predictor_corrector
 from ldm.samplers import ddpm
 from ldm.schedule import EDM, step_grid
-from tests.test_samplers import Mixture, draw
+from tests.sampling import Mixture, draw
 
 
 def geometric(top, bottom, levels):

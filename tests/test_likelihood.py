@@ -14,7 +14,7 @@ from ldm.denoiser import Denoiser
 from ldm.likelihood import PIXEL, bits_per_dim, decode, dequantise, draw_probes, encode, log_likelihood
 from ldm.samplers import picture_noise
 from ldm.schedule import VariancePreserving
-from tests.test_samplers import Mixture
+from tests.sampling import Mixture
 
 LOW, HIGH = 0.01, 80.0
 

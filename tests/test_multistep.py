@@ -14,7 +14,7 @@ from ldm.denoiser import Denoiser, epsilon_from
 from ldm.multistep import dpmpp_2m, dpmpp_2m_sde, lms, plms, unipc
 from ldm.samplers import SAMPLERS, euler_ancestral, picture_noise
 from ldm.schedule import EDM, RectifiedFlow, VariancePreserving, step_grid
-from tests.test_samplers import (
+from tests.sampling import (
     BOTTOM,
     LATENTS,
     LEADING,

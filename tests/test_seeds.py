@@ -24,7 +24,7 @@ from ldm.likelihood import encode
 from ldm.loss import DiscreteELBO, Plain, UniformTime, denoising_loss
 from ldm.samplers import ddim, ddpm, euler
 from ldm.schedule import EDM, VariancePreserving
-from tests.test_samplers import moments
+from tests.sampling import moments
 from vae.autoencoder import Posterior
 
 ROOT = Path(__file__).resolve().parents[1]
