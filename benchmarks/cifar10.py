@@ -3,20 +3,22 @@
     python benchmarks/cifar10.py --data cifar10-train.parquet --test cifar10-test.parquet \\
         --extractor runs/cifar10-recogniser               an hour of training on a core each, side by side
     python benchmarks/cifar10.py … --extractor inception  the FID, where the reader has, or may fetch, those weights
-    python benchmarks/cifar10.py … --minutes 0 --samples 10000 --out benchmarks/results/cifar10_gpu \\
-        --sides cifar10 cifar10-fast cifar10-unconditional cifar10-without-attention     on a GPU, to convergence
+    python benchmarks/cifar10.py … --minutes 0 --updates 250000 100000 250000 250000 --samples 10000 --seeds 0 1 2 \\
+        --sides cifar10 cifar10-fast cifar10-unconditional cifar10-without-attention     on a GPU, for days
 
 Each side's rate is measured first, all sides at once; it then gets the updates that fill --minutes at that rate
-(--minutes 0: those of its preset), so that its learning rate ends when the time does. The sides train together, each in
-a process of one thread on a core of its own; where there is one core, or a GPU, one after the other. Time is that of
-the updates: what all do beside them (checkpoints, validation, a sample, decoding the data set once) is left out; an
-autoencoder's own training and encoding with it count, --autoencoder says what they took. A text encoder, which says ten
-captions once, costs nothing. Arithmetic is that of all matrix products and convolutions of an update, the backward pass
-and the optimizer included.
+(--minutes 0: those of --updates, or of its preset), so that its learning rate ends when the time does. The sides train
+together, each in a process of one thread on a core of its own; where there is one core, or a GPU, one after the other.
+Time is that of the updates: what all do beside them (checkpoints, validation, a sample, decoding the data set once) is
+left out; an autoencoder's own training and encoding with it count, --autoencoder says what they took. A text encoder,
+which says ten captions once, costs nothing. Arithmetic is that of all matrix products and convolutions of an update,
+the backward pass and the optimizer included.
 
 Fréchet distances are of equally many samples, of the same prompts and seeds, each side painting as its preset does; to
-the test set at every checkpoint, in the end to the training pictures and to those held out of them (a fifth), too. The
-floor is that of as many real training pictures. Captions are the set's own, or those that --template makes.
+the test set at every checkpoint, in the end to the training pictures and to those held out of them (a fifth), too, and
+with the noise of every seed. The floor is that of as many real training pictures; an extractor that has learnt from
+those (a recogniser) tells them from test pictures better than others would. Captions are the set's own, or those that
+--template makes.
 
 Writes OUT.json (settings, machine, every number), OUT.csv, OUT.png (curves) and OUT_samples.png. What was begun is kept
 in --work, and the same command goes on with it.
@@ -27,7 +29,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ from benchmarks.timed import calibrate, learn, places, together
 
 EIGHTHS = (1, 2, 4, 6, 8)  # of the training, after which samples are measured
 CALIBRATION = 90.0  # seconds of training from which a rate is taken
-SEED = 0
+SEED = 0  # of what is held out
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,19 @@ class Options:
     extractor: str  # as of `atelier evaluate`: a run of train/recogniser.py, inception, inception:FILE …
     sides: tuple[str, ...] = ("cifar10", "cifar10-fast")  # presets of train/ldm.py, the baseline first
     minutes: float = 60.0  # of training; 0: as many updates as the preset has
+    updates: tuple[int, ...] = ()  # of each side, instead of --minutes
     samples: int = 500  # of every checkpoint that is measured
+    seeds: tuple[int, ...] = (0,)  # of the samples in the end; the first one's make the curves
     batch: int = 50  # painted at once
     template: str = ""  # makes captions of columns, such as "a photo of a {label}"
     autoencoder: tuple[float, float] | None = None  # minutes and TFLOP that the one of sides in latents took
-    out: Path = Path(__file__).parent / "results" / "cifar10_cpu"  # without ending
+    out: Path | None = None  # without ending; by default results/cifar10_EXTRACTOR
     work: Path = Path("runs/cifar10-benchmark")
+
+    @property
+    def files(self) -> Path:
+        """Where the results go, without ending."""
+        return self.out or RESULTS / f"cifar10_{Path(self.extractor.partition(':')[0]).name}"
 
 
 @dataclass(frozen=True)
@@ -144,10 +154,18 @@ def sides_of(options: Options, train: str, where: Sequence[int | None]) -> list[
             f"--sides {' '.join(options.sides)}, --minutes {options.minutes:g}: expected at least 0 minutes, and "
             f"presets of train/ldm.py, not {min(unknown, default='none')}: {', '.join(PRESETS)}"
         )
+    if len(set(options.sides)) < len(options.sides) or not options.seeds:
+        raise ValueError(f"--sides {' '.join(options.sides)}: expected each once; and one of --seeds at least")
+    if options.updates and (options.minutes or len(options.updates) != len(options.sides)):
+        raise ValueError(
+            f"--updates {' '.join(map(str, options.updates))}: expected --minutes 0, and a number for each of --sides"
+        )
     caption = min(first_captions(open_source(train, 32)))
     sides, jobs = [], {}
-    for name in dict.fromkeys(options.sides):
+    for i, name in enumerate(options.sides):
         config = replace(PRESETS[name], data=train, template="", workers=0, keep=20)
+        if options.updates:
+            config = replace(config, updates=options.updates[i])
         config = replace(config, prompts=("" if config.text_encoder == "none" else caption,))
         folder = options.work / f"{name}-{options.minutes:g}-{digest(repr(config))[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +199,9 @@ def sides_of(options: Options, train: str, where: Sequence[int | None]) -> list[
     return ready
 
 
-def judge(options: Options, model: str, references: dict[str, str], out: Path) -> dict[str, Any]:
+def judge(
+    options: Options, model: str, references: dict[str, str], out: Path, seed: int | None = None
+) -> dict[str, Any]:
     """Metrics of a model's samples, or of a folder's pictures, the same ones for each reference."""
     from benchmarks.quality import Point, count_evaluations
     from pipelines import TextToImagePipeline
@@ -205,7 +225,8 @@ def judge(options: Options, model: str, references: dict[str, str], out: Path) -
         about["parameters"] = sum(weight.numel() for weight in pipe.model.unet.parameters())
         says = says and is_told(pipe)
     how = Measuring(model, "", "fid,kid,accuracy" if says else "fid,kid", options.extractor, samples=options.samples)
-    how = replace(how, painting=Painting(seed=SEED, batch=options.batch), out=out, workers=0)
+    painting = Painting(seed=options.seeds[0] if seed is None else seed, batch=options.batch)
+    how = replace(how, painting=painting, out=out, workers=0)
     about["metrics"] = {}
     for name, reference in references.items():
         place = how.out if not about["metrics"] else out / name
@@ -223,7 +244,7 @@ def named(out: Path, ending: str) -> Path:
 
 def write(options: Options, told: dict[str, Any]) -> None:
     """The files but for the sheet, and what they come to."""
-    rows, sides, out = told["rows"], told["sides"], options.out
+    rows, sides, out = told["rows"], told["sides"], options.files
     out.parent.mkdir(parents=True, exist_ok=True)
     named(out, ".json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with open(named(out, ".csv"), "w", newline="", encoding="utf-8") as file:
@@ -235,15 +256,25 @@ def write(options: Options, told: dict[str, Any]) -> None:
     print(f"{rows[0]['name']}, {options.samples} samples; of as many real training pictures to test: {floor:.2f}")
     for name, side in sides.items():
         last = [row for row in rows if (row["side"], row["update"]) == (name, side["updates"])]
-        ends = [row for row in last if row["metric"] in DISTANCES]
+        ends = [row for row in last if row["metric"] in DISTANCES and row["seed"] == options.seeds[0]]
+        again = [row["value"] for row in last if row["metric"] in DISTANCES and row["reference"] == "test"]
         print(
             f"{name}: {ends[0]['minutes']:.1f} minutes, {ends[0]['pictures_seen']:,} pictures of "
             f"{side['gflop_of_a_picture']:.2f} GFLOP, {side['evaluations']} evaluations a sample: "
             + ", ".join(f"{row['reference']} {row['value']:.2f}" for row in ends)
+            + (f"; test {min(again):.2f} to {max(again):.2f} over {len(again)} seeds" if len(again) > 1 else "")
         )
     for verdict in told["verdicts"]:
         print(said(verdict))
     print(f"{len(rows)} numbers in {out}.json and .csv, curves in .png, samples in {out.name}_samples.png")
+
+
+def said_of(found: dict[int, dict[str, Any] | None]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(seed, reference, metric) of all that was measured."""
+    for seed, about in found.items():
+        for reference, metrics in (about or {"metrics": {}})["metrics"].items():
+            for one in metrics:
+                yield seed, reference, one
 
 
 def main(options: Options) -> None:
@@ -251,7 +282,7 @@ def main(options: Options) -> None:
     where, logs = places(), options.work / "logs"
     data = prepare(options)
     references = {name: data[name] for name in ("test", "train", "validation")}
-    real = (judge, options, data["real"], references, options.work / "real")
+    real = (judge, options, data["real"], references, Path(data["train"]).parent / f"real-{options.samples}-judged")
     floor = together({"real pictures": real}, where, logs)["real pictures"]  # first: the references are kept
     sides = sides_of(options, data["train"], where)
     times = together({f"training {s.name}": (learn, s.config, s.folder / "times.json") for s in sides}, where, logs)
@@ -260,21 +291,23 @@ def main(options: Options) -> None:
     for update, side in sorted(points, key=lambda point: -point[0] / point[1].config.updates):
         model = side.config.output / f"checkpoint-{update:07d}"
         some = references if update == side.config.updates else {"test": data["test"]}
-        place = side.folder / f"samples-{update}"
-        jobs[f"measuring {side.name} {update}"] = (judge, options, str(model), some, place)
+        for seed in options.seeds if update == side.config.updates else options.seeds[:1]:
+            place = side.folder / f"samples-{update}-{seed}"
+            jobs[f"measuring {side.name} {update} {seed}"] = (judge, options, str(model), some, place, seed)
     measured = together(jobs, where, logs)
 
     rows: list[dict[str, Any]] = []
     about: dict[str, dict[str, Any]] = {}
     for update, side in points:
-        time, found = times[f"training {side.name}"], measured[f"measuring {side.name} {update}"]
+        time = times[f"training {side.name}"]
+        mine = {seed: measured.get(f"measuring {side.name} {update} {seed}") for seed in options.seeds}
+        found = mine[options.seeds[0]]
         point = {"side": side.name, "update": update, "pictures_seen": update * side.global_batch}
         point["minutes"] = side.minutes + time["seconds"][str(update)] / 60
         point["gflop"] = side.gflop + update * time["gflop"]
-        for reference, metrics in found["metrics"].items():
-            for one in metrics:
-                kept = {key: one.get(key) for key in ("metric", "name", "value", "deviation", "samples")}
-                rows.append(point | {"reference": reference} | kept)
+        for seed, reference, one in said_of(mine):
+            kept = {key: one.get(key) for key in ("metric", "name", "value", "deviation", "samples")}
+            rows.append(point | {"reference": reference, "seed": seed} | kept)
         about[side.name] = {key: found[key] for key in ("parameters", "evaluations", "painted")}
         about[side.name] |= {"gflop_of_a_picture": time["gflop"] / side.global_batch, "batch": side.global_batch}
         about[side.name] |= {"updates": update, "precision": side.config.mixed_precision or "no"}
@@ -283,8 +316,9 @@ def main(options: Options) -> None:
     told |= {"machine": described(), "cores": len(where), "sides": about}
     told |= {"floor": floor["metrics"], "extractor": floor["extractor"]}
     write(options, told | {"verdicts": verdicts(rows, list(about)), "rows": rows})
-    folders = {side.name: side.folder / f"samples-{side.config.updates}" / "samples" for side in sides}
-    sheet(folders, named(options.out, "_samples.png"))
+    first = options.seeds[0]
+    folders = {side.name: side.folder / f"samples-{side.config.updates}-{first}" / "samples" for side in sides}
+    sheet(folders, named(options.files, "_samples.png"))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ def reached(costs: Sequence[float], distances: Sequence[float], level: float) ->
 
 
 def curve(rows: Sequence[dict[str, Any]], side: str) -> list[dict[str, Any]]:
-    """A side's distances to the test set, in the order of its training."""
-    return [row for row in rows if (row["side"], row["reference"]) == (side, "test") and row["metric"] in DISTANCES]
+    """A side's distances to the test set, in the order of its training, of the first seed."""
+    mine = [row for row in rows if (row["side"], row["reference"]) == (side, "test") and row["metric"] in DISTANCES]
+    return [row for row in mine if row["seed"] == mine[0]["seed"]]
 
 
 def verdicts(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> list[dict[str, Any]]:
@@ -89,6 +90,7 @@ def sheet(folders: dict[str, Path], file: Path) -> None:
     shown = min(map(len, chosen), default=0)
     names = [names[i] for i in range(shown) for names in chosen]
     pictures = [Image.open(folder / name).convert("RGB") for folder in folders.values() for name in names]
-    captions = [f"{side}: {text}" for side in folders for _ in range(shown) for text in classes]
+    told = {side: (folder / "metadata.jsonl").is_file() for side, folder in folders.items()}
+    captions = [f"{s}: {text}" if told[s] else s for s in folders for _ in range(shown) for text in classes]
     if pictures:
         grid(pictures, captions, columns=len(classes)).save(file)

@@ -6,7 +6,6 @@ trained on and held out, and their Fréchet distance to fresh drawings in its fe
 points are kept in --out.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 import pipelines.text_to_image
-from benchmarks.leads import RESULTS, painted
+from benchmarks.leads import RESULTS, painted, results_before, write_aside
 from benchmarks.machine import described
 from ldm.denoiser import Context, Denoise, Denoiser
 from ldm.guidance import autoguided, classifier_free
@@ -71,7 +70,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(1, len(METRICS), figsize=(3.2 * len(METRICS), 3), layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
         for guide in dict.fromkeys(row["guide"] for row in rows):
-            mine = [row for row in rows if row["guide"] == guide]
+            mine = sorted((row for row in rows if row["guide"] == guide), key=lambda row: row["scale"])
             axis.plot([row["scale"] for row in mine], [row[metric] for row in mine], "o-", markersize=4, label=guide)
         axis.set(title=metric.replace("_", " "), xlabel="scale")
         axis.grid(alpha=0.3)
@@ -88,29 +87,23 @@ def main(options: Options) -> list[dict[str, Any]]:
     low, high = options.interval
     kinds[f"null, {low:g} < sigma <= {high:g}"] = {"guidance_interval": options.interval}
     if weaker:
-        kinds["weaker model"] = {"guidance_interval": everywhere}
-    settings: dict[str, Any] = {
-        "model": options.model,
-        "weights": model_digest(pipe),
-        "judge": open_extractor(str(options.judge)).digest,
-    }
-    settings["weaker"] = weaker and weights_digest(weaker.unet)[:16]
+        kinds[f"weaker model {weights_digest(weaker.unet)[:8]}"] = {"guidance_interval": everywhere}
+    settings: dict[str, Any] = {"weights": model_digest(pipe), "judge": open_extractor(str(options.judge)).digest}
     settings |= {"steps": options.steps or pipe.model.defaults.steps, "prompts": options.prompts}
-    said: dict[str, Any] = {"settings": settings, "machine": described(), "rows": []}
-    if options.out.is_file() and (before := json.loads(options.out.read_text()))["settings"] == settings:
-        said = before
-    rows = said["rows"]
+    rows = results_before(options.out, settings)
     for guide, call in kinds.items():
         for scale in options.scales:
             if any((row["guide"], row["scale"]) == (guide, scale) for row in rows):
                 continue
-            with guided_by(weaker) if weaker and guide == "weaker model" else nullcontext():
+            if scale == 1 and (alike := [row for row in rows if row["scale"] == 1]):
+                rows.append(alike[0] | {"guide": guide})  # whatever would guide: nothing does
+                continue
+            with guided_by(weaker) if weaker and guide.startswith("weaker") else nullcontext():
                 call = call | {"guidance_scale": scale, "steps": options.steps}
                 found = painted(pipe, options.judge, options.prompts, **call)
             rows.append({"guide": guide, "scale": scale, **found})
             print(guide, scale, ", ".join(f"{metric} {found[metric]:.3g}" for metric in METRICS))
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(said, indent=2) + "\n")
+            write_aside(options.out, {"settings": settings, "machine": described(), "rows": rows})
     plot(rows, options.out.with_suffix(".png"))
     return rows
 

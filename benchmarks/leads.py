@@ -3,10 +3,12 @@
     python benchmarks/leads.py --vae runs/bundled-vae --clip runs/bundled-clip --judge runs/pictograms-recogniser
 
 A small U-Net between the bundled model's autoencoder and text encoder sees as many pictograms every time, with one
-thing changed. Of each: what the judge finds right (objects, styles) in samples of pairs trained on and held out, the
-Fréchet distance of all these to fresh drawings in the judge's features, the validation error by noise level, and the
-training's time beside the base's. "seed" is the base once more: differences that are not larger than its own say
-nothing. What the project has no flag for is changed here. Trainings that are finished are kept.
+thing changed: a setting, or the latents (`--vaes runs/other-vae …`). Of each: what the judge finds right (objects,
+styles) in samples of pairs trained on and held out, the Fréchet distance of all these to fresh drawings in the judge's
+features, the validation error by noise level, what the autoencoder loses, and the training's time beside the base's.
+"seed" is the base once more: differences that are not larger than its own say nothing. What the project has no flag
+for is changed here. The pairs and their noise are others than those `atelier evaluate` asks for by default: what is
+chosen here can be measured there. What is finished is kept in --work, and --out grows lead by lead.
 """
 
 import json
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +34,22 @@ from torch import Tensor
 import train.ldm
 from benchmarks.machine import described
 from pipelines import TextToImagePipeline
-from train.evaluate import UNSEEN, draw_rows, judged, open_pictogram_judge
+from pipelines.files import newest
+from pipelines.find import find_model
+from train.data import written_aside
+from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge, reconstruction_psnr
 from train.extractors import open_extractor
 from train.metrics import Moments, frechet_distance
 from train.objective import Objective, denoising
-from train.pictograms import captions, paint, things
+from train.pictograms import captions, things
 from train.pictures import digest
+from train.samples import NOISES
 from train.settings import SMALL, Config
+from train.sources import open_source
 from train.state import EMA
 
 Goal = Callable[..., Objective]
+PAINTED = 1  # seed of the pairs and noises; those of `atelier evaluate` are 0
 RESULTS = Path(__file__).parent / "results"
 EVERYWHERE = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
 UNET = replace(
@@ -58,6 +67,7 @@ class Options:
     clip: str  # a run of train/clip.py
     judge: Path  # a run of train/recogniser.py --preset pictograms
     leads: tuple[str, ...] = ()  # by default all
+    vaes: tuple[str, ...] = ()  # more autoencoders, each of which is a lead, too
     updates: int = 800
     batch: int = 64
     prompts: int = 200  # pairs that were trained on, and as many held out
@@ -200,6 +210,11 @@ LEADS = {
 }
 
 
+def recipes(options: Options) -> dict[str, Lead]:
+    """All leads, those of autoencoders included."""
+    return LEADS | {f"vae:{vae}": Lead(f"in the latents of {vae}", {"vae": vae}) for vae in options.vaes}
+
+
 def config_of(name: str, options: Options) -> Config:
     base = Config(
         data="pictograms",
@@ -216,16 +231,29 @@ def config_of(name: str, options: Options) -> Config:
         noise_std=1.4,
         checkpoint_every=options.updates,
         mixed_precision="bf16",
-        cache=options.cache,
-        workers=options.workers,
         keep=1,
     )
-    config = replace(base, **LEADS[name].changes)
-    return replace(config, output=options.work / f"{name}-{digest(repr(config), options.clip)[:8]}")
+    config = replace(base, **recipes(options)[name].changes)
+    known = digest(repr(config), weights_of(config.vae), weights_of(config.text_encoder), drawings(options.size or 128))
+    output = options.work / f"{name.replace('/', '-')}-{known[:8]}"
+    return replace(config, output=output, cache=options.cache, workers=options.workers)
+
+
+@lru_cache
+def weights_of(where: str) -> str:
+    """A hash of the weights in a model folder or a run's newest checkpoint."""
+    folder = find_model(None) if where == "bundled" else newest(Path(where).expanduser())
+    return digest(*(file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))))
+
+
+@lru_cache
+def drawings(size: int) -> str:
+    return open_source("pictograms", size).fingerprint()
 
 
 def trained(name: str, options: Options) -> dict[str, Any]:
-    """A lead's training, or what is kept of it: seconds of an update, validation errors by noise level."""
+    """A lead's training, or what is kept of it: seconds of an update and on which machine, validation errors by noise
+    level."""
     config = config_of(name, options)
     kept = config.output / "lead.json"
     if kept.is_file():
@@ -239,7 +267,7 @@ def trained(name: str, options: Options) -> dict[str, Any]:
         errors.update(validate(*given))
         return errors
 
-    with LEADS[name].twist(options) as goal:
+    with recipes(options)[name].twist(options) as goal:
         draw = train.ldm.draw_batch
 
         def timed(*given: Any, **named: Any) -> Any:  # once in the rehearsal, then once an update
@@ -248,9 +276,25 @@ def trained(name: str, options: Options) -> dict[str, Any]:
 
         with replaced(validate=noted, draw_batch=timed):
             train.ldm.main(config, goal)
-    found = {"seconds_per_update": float(np.mean(np.diff(times[1:]))), "errors": errors}
-    kept.write_text(json.dumps(found))
+    found = {"seconds_per_update": float(np.mean(np.diff(times[1:]))), "machine": described(), "errors": errors}
+    write_aside(kept, found)
     return found
+
+
+def write_aside(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(file) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def results_before(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that `out` holds; ValueError where they were measured under other settings."""
+    if not out.is_file():
+        return []
+    before = json.loads(out.read_text())
+    if changed := [name for name, value in settings.items() if before["settings"].get(name) != value]:
+        raise ValueError(f"{out} holds results of another {', '.join(changed)}: give another --out, or remove it")
+    return before["rows"]
 
 
 def painted(pipe: TextToImagePipeline, where: Path, prompts: int, **call: Any) -> dict[str, float]:
@@ -262,18 +306,27 @@ def painted(pipe: TextToImagePipeline, where: Path, prompts: int, **call: Any) -
     objects = tuple(name for name, thing in things().items() if thing.everyday)
     judge, extractor = open_pictogram_judge(where, objects), open_extractor(str(where))
     found: dict[str, float] = {}
-    images, drawings = [], []
+    images, drawn, first = [], [], PAINTED * NOISES
     for split in ("train", "held_out"):
-        rows = draw_rows(split, prompts, objects, 0, None)
+        rows = draw_rows(split, prompts, objects, PAINTED, None)
         asked = [captions(*row[:3])[0] for row in rows]
         mine = []
         for i in range(0, len(asked), 50):
-            mine += pipe(asked[i : i + 50], seed=i, **call).images
+            mine += pipe(asked[i : i + 50], seed=first + i, **call).images
         found |= {f"{split}_{task}": share for task, share in judged(judge, mine, rows).items()}
-        images += mine
-        drawings += [paint(*row[:3], pipe.model.size, UNSEEN) for row in rows]
-    ours, theirs = (Moments.of([extractor([np.asarray(p) for p in pictures])]) for pictures in (images, drawings))
-    return found | {"distance": frechet_distance(ours, theirs), "samples": len(images)}
+        images, drawn, first = images + mine, drawn + rows, first + len(rows)
+    theirs = drawn_afresh(drawn, pipe.model.size, None)
+    moments = [Moments.of([extractor([np.asarray(p) for p in pictures])]) for pictures in (images, theirs)]
+    return found | {"distance": frechet_distance(*moments), "samples": len(images)}
+
+
+def reconstructed(pipe: TextToImagePipeline) -> dict[str, Any]:
+    """The shape of the latents, and dB of what the autoencoder makes of freshly drawn pictures."""
+    objects = tuple(name for name, thing in things().items() if thing.everyday)
+    model, rows = pipe.model, draw_rows("train", 48, objects, 0, None)
+    side = model.size // model.vae.downscale
+    shape = [model.vae.latent_channels, side, side]
+    return {"latents": shape, "psnr_db": reconstruction_psnr(pipe, rows, model.size, None)["all"]}
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -299,22 +352,26 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main(options: Options) -> None:
-    if unknown := set(options.leads) - set(LEADS):
-        raise ValueError(f"no lead {min(unknown)!r}: there are {', '.join(LEADS)}")
-    rows: list[dict[str, Any]] = []
-    for name in dict.fromkeys(("base", *(options.leads or LEADS))):
-        about = {"lead": name, "what": LEADS[name].what, **trained(name, options)}
-        pipe = TextToImagePipeline.from_pretrained(config_of(name, options).output)
-        about |= painted(pipe, options.judge, options.prompts)
-        rows.append(about | {"time": about["seconds_per_update"] / (rows or [about])[0]["seconds_per_update"]})
-        settings = {key: getattr(options, key) for key in ("updates", "batch", "prompts", "size")}
-        said = {"settings": settings, "machine": described(), "rows": rows}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(said, indent=2) + "\n")
-        plot(rows, options.out.with_suffix(".png"))
+    known = recipes(options)
+    if unknown := set(options.leads) - set(known):
+        raise ValueError(f"no lead {min(unknown)!r}: there are {', '.join(known)}")
+    settings: dict[str, Any] = {key: getattr(options, key) for key in ("updates", "batch", "prompts", "size")}
+    settings |= {"vae": weights_of(options.vae)[:16], "clip": weights_of(options.clip)[:16]}
+    settings["judge"] = open_extractor(str(options.judge)).digest  # before the hours of training
+    rows = {row["lead"]: row for row in results_before(options.out, settings)}
+    for name in dict.fromkeys(("base", *(options.leads or known))):
+        if name not in rows:
+            about = {"lead": name, "what": known[name].what, **trained(name, options)}
+            pipe = TextToImagePipeline.from_pretrained(config_of(name, options).output)
+            about |= painted(pipe, options.judge, options.prompts) | reconstructed(pipe)
+            same = about["machine"] == rows.get("base", about)["machine"]
+            beside = rows.get("base", about)["seconds_per_update"]
+            rows[name] = about | {"time": about["seconds_per_update"] / beside if same else None}
+            write_aside(options.out, {"settings": settings, "rows": list(rows.values())})
+            plot(list(rows.values()), options.out.with_suffix(".png"))
         line = "{lead}: objects {train_object:.1%} / {held_out_object:.1%}, styles {train_style:.1%} / "
-        line += "{held_out_style:.1%}, distance {distance:.3g}, time {time:.2f}"
-        print(line.format(**rows[-1]))
+        line += "{held_out_style:.1%}, distance {distance:.3g}, seconds an update {seconds_per_update:.3g}"
+        print(line.format(**rows[name]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ that was killed goes on there.
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,6 +108,8 @@ def points_of(options: Options, pipe: Any, model: str) -> list[Point]:
         found = []
         for sampler in options.samplers:
             every = [steps_for(pipe, sampler, wanted, options.guidance) for wanted in options.evaluations]
+            if few := [n for n, steps in zip(options.evaluations, every, strict=True) if steps is None]:
+                print(f"{sampler} is left out at {', '.join(map(str, few))} evaluations: with one step it has far more")
             found += [Point(model, sampler, steps, options.guidance) for steps in dict.fromkeys(every) if steps]
         return found
     if options.along == "guidance":
@@ -126,8 +128,8 @@ def pictures_seen(folder: Path) -> int | None:
     return int(state["update"]) * int(state.get("global_batch", 0)) or None
 
 
-def measured(options: Options) -> list[dict[str, Any]]:
-    """A row for each point, seed and metric."""
+def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
+    """A row for each point, seed and metric: after each point, all of them so far."""
     from pipelines.files import checkpoints, newest
     from pipelines.find import find_model
     from train.measure import Measuring, measure
@@ -166,7 +168,7 @@ def measured(options: Options) -> list[dict[str, Any]]:
                 for found in result["metrics"]:
                     numbers = {"metric": found["metric"], "name": found["name"], "value": found["value"]}
                     rows.append(about | {"seed": seed} | numbers | common)
-    return rows
+            yield rows
 
 
 def line_of(row: dict[str, Any], along: str) -> str:
@@ -226,20 +228,21 @@ def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
 
 def main(options: Options) -> None:
     check(options)
-    rows = measured(options)
     first = Path(options.models[0]).name
     out = Path(options.out) if options.out else RESULTS / f"quality_{options.along}_{first}"
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         name: value for name, value in asdict(options).items() if name not in ("work", "cache", "workers", "out")
     }
-    said = {"settings": settings, "machine": described(), "rows": rows}
-    out.with_name(out.name + ".json").write_text(json.dumps(said, indent=2) + "\n")
-    with open(out.with_name(out.name + ".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, options.along, out.with_name(out.name + ".png"))
+    said: dict[str, Any] = {"settings": settings, "machine": described()}
+    rows: list[dict[str, Any]] = []
+    for rows in measured(options):  # written at once: what fails later costs no point
+        out.with_name(out.name + ".json").write_text(json.dumps(said | {"rows": rows}, indent=2) + "\n")
+        with open(out.with_name(out.name + ".csv"), "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        plot(rows, options.along, out.with_name(out.name + ".png"))
     print(f"{len(rows)} numbers in {out}.json, .csv and .png")
 
 

@@ -9,6 +9,7 @@ more segments, the nearer to the teacher. The sampler is `euler` over the ends o
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,19 @@ Told = Callable[[Tensor, Tensor, Context], Tensor]  # (x, sigma [B], context) ->
 def euler_step(x: Tensor, x0: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
     """x at the level `to`, along the straight line through the estimate x0; sigma, to: [B], sigma above 0."""
     return x0 + per_picture(to / sigma, x) * (x - x0)
+
+
+def subdivided(sigmas: Tensor, substeps: int, lowest: float, rho: float = 7.0) -> Tensor:
+    """Each step of a sampler's levels cut into `substeps`, evenly in sigma^(1 / rho) (arXiv:2206.00364, equation 5).
+
+    sigmas: [steps + 1], decreasing to 0; lowest: from which the last step of the last cut goes to 0, or half of what
+    that one begins at. Returns [steps * substeps + 1].
+    """
+    levels = []
+    for a, b in pairwise(sigmas.tolist()):
+        end, count = (b, substeps + 1) if b else (min(lowest, a / 2), substeps)
+        levels.append(torch.linspace(a ** (1 / rho), end ** (1 / rho), count, dtype=torch.float64)[:substeps] ** rho)
+    return torch.cat([*levels, torch.zeros(1, dtype=torch.float64)]).to(sigmas)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Defaults:
     size: int | None = None  # side in pixels; None: the network's own
     caption_dropout: float | None = None  # None: not recorded
     data: str = ""  # what it was trained on
+    views: int = 1  # how often each drawn pictogram was drawn for that
 
 
 @dataclass

@@ -51,7 +51,7 @@ def options(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cifar10, "EIGHTHS", MEASURED)
     places = {key: str(tmp_path / name) for key, name in (("data", "train.parquet"), ("test", "test.parquet"))}
     places["extractor"] = str(tmp_path / "recogniser")
-    few: dict[str, Any] = {"sides": ("slow", "quick"), "minutes": 0.0, "samples": 6, "batch": 4}
+    few: dict[str, Any] = {"sides": ("slow", "quick"), "minutes": 0.0, "samples": 6, "batch": 4, "seeds": (5, 6)}
     return cifar10.Options(**places, **few, out=tmp_path / "found", work=tmp_path / "work")
 
 
@@ -71,15 +71,17 @@ def test_both_sides_are_measured_alike_and_nothing_is_done_twice(options: Any, m
         assert minutes[0] > 0
         assert [point["gflop"] / point["update"] for point in points] == pytest.approx([points[0]["gflop"]] * 3)
         last = [r["reference"] for r in rows if (r["side"], r["metric"], r["update"]) == (side, "frechet", 8)]
-        assert last == REFERENCES
+        assert last == REFERENCES * 2
+        values = [r["value"] for r in rows if (r["side"], r["metric"], r["update"]) == (side, "frechet", 8)]
+        assert len(set(values)) == 6  # of two seeds
     assert [told["sides"][side]["evaluations"] for side in options.sides] == [2 * 3, 2 * 2]  # guidance counted
     assert list(told["floor"]) == REFERENCES
     ends = [curves.curve(rows, side)[-1]["value"] for side in options.sides]
     assert told["verdicts"][0]["ratio_of_distances"] == ends[1] / ends[0]
     painted = sorted(options.work.glob("*/samples-*/samples/*.png"))
-    assert len(painted) == 2 * 3 * 6
+    assert len(painted) == 2 * (3 + 1) * 6  # at the end with another seed, too
     asked = {file.read_text() for file in options.work.glob("*/samples-*/samples/metadata.jsonl")}
-    assert len(asked) == 1  # both sides and all checkpoints the same
+    assert len(asked) == 2  # of each seed: both sides and all checkpoints the same
     with open(options.out.with_name("found.csv"), encoding="utf-8") as file:
         assert [float(row["value"]) for row in csv.DictReader(file)] == [row["value"] for row in rows]
     for ending in (".png", "_samples.png"):
@@ -189,11 +191,12 @@ def test_where_a_curve_reaches_a_level(level: float, expected: tuple[float, bool
 
 def test_verdicts_of_known_curves() -> None:
     def rows(side: str, points: list[tuple[float, float]]) -> list[dict[str, Any]]:
-        common = {"side": side, "reference": "test", "metric": "frechet"}
+        common = {"side": side, "reference": "test", "metric": "frechet", "seed": 3}
         return [common | {"gflop": g, "minutes": 2 * g, "value": v} for g, v in points]
 
     every = rows("slow", [(10, 90), (100, 40)]) + rows("quick", [(5, 160), (20, 10)]) + rows("other", [(5, 70)])
     every += [every[0] | {"reference": "train", "value": 1}, every[0] | {"metric": "kernel", "value": 1}]
+    every.append(every[1] | {"seed": 4, "value": 1})  # the spread is no point of the curve
     quick, other = curves.verdicts(every, ["slow", "quick", "other"])
     assert quick["ratio_of_distances"] == 0.25
     assert quick["gflop_at_the_baselines_distance"] == pytest.approx(10)

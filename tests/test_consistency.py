@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.consistency import ConsistencyLoss, Segments, euler_step
+from ldm.consistency import ConsistencyLoss, Segments, euler_step, subdivided
 from ldm.denoiser import per_picture
-from ldm.samplers import euler
-from ldm.schedule import VariancePreserving, step_grid
+from ldm.samplers import SAMPLERS, euler
+from ldm.schedule import EDM, VariancePreserving, step_grid
 
 DATA = 0.7  # standard deviation of the data
 
@@ -44,6 +44,22 @@ def drawn(segments: Segments, count: int = 400) -> tuple[Tensor, Tensor, Tensor]
     x0 = DATA * torch.randn(count, 2, dtype=torch.float64, generator=draw)
     noise = torch.randn(count, 2, dtype=torch.float64, generator=draw)
     return x0, segments.sigma((torch.arange(count, dtype=torch.float64) + 0.5) / count), noise
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("substeps", [1, 2, 16])
+def test_cut_steps_meet_the_samplers_own_levels(steps: int, substeps: int) -> None:
+    schedule = EDM(0.5)
+    coarse = step_grid(schedule, steps, SAMPLERS["ddim"].grid_for(schedule))
+    fine = subdivided(coarse, substeps, schedule.sigma_min)
+    assert len(fine) == steps * substeps + 1
+    torch.testing.assert_close(fine[::substeps], coarse)
+    Segments(fine, substeps)  # which asks for decreasing levels that end at 0
+    assert float(fine[-2]) >= schedule.sigma_min / 2
+    if substeps > 2:  # as a grid between the same ends is
+        a, b = (float(level) for level in fine[[0, substeps]])
+        inner = torch.linspace(a ** (1 / 7), (b or schedule.sigma_min) ** (1 / 7), substeps + (b > 0)) ** 7
+        torch.testing.assert_close(fine[:substeps].float(), inner[:substeps], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

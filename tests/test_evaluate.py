@@ -46,8 +46,11 @@ def test_samples_beside_training(
     drawn = {captions(*row[:3])[0]: row for row in rows}
     monkeypatch.setattr(train.evaluate, "open_source", lambda *_, **__: Drawn(training, "few", 32))
     alike = [paint(*drawn[p][:3], 32, 5 if copies else i) for i, p in enumerate(several(list(drawn)))]
-    images = [training[training.rows.index(row)].image if copies else paint(*row[:3], 32, 77) for row in rows]
-    options = {"data": "pictograms", "font": None, "cache": tmp_path / "cache"}
+    images = [
+        training[training.rows.index(row)].image if copies else paint(*row[:3], 32, 77 + i)
+        for i, row in enumerate(rows)
+    ]
+    options = {"data": "pictograms", "views": 1, "font": None, "cache": tmp_path / "cache"}
     found = beside_training(images, rows, alike, judge, tmp_path / "out", **options)  # type: ignore[arg-type]
     near, spread = found["memorisation"], found["diversity"]
     said = capsys.readouterr().out

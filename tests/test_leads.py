@@ -42,6 +42,21 @@ def test_every_lead_is_one_change_of_the_base(leads: dict[str, Any], options: An
     assert twisted >= 4
 
 
+def test_another_autoencoder_is_a_lead(leads: dict[str, Any], options: Any, model_folder: Path) -> None:
+    more = replace(options, vaes=("runs/one", "runs/two"))
+    assert list(leads["recipes"](more))[-2:] == ["vae:runs/one", "vae:runs/two"]
+    base, one, two = (leads["config_of"](name, more) for name in ("base", "vae:runs/one", "vae:runs/two"))
+    assert len({config.output.parent for config in (base, one, two)}) == 1
+    assert len({config.output for config in (base, one, two)}) == 3
+    assert replace(two, vae=base.vae, output=base.output) == base
+    assert two.vae == "runs/two"
+
+    pipe = TextToImagePipeline.from_pretrained(model_folder)
+    found = leads["reconstructed"](pipe)
+    assert found["latents"] == list(pipe("a", steps=1, output_type="latent").images.shape[1:])
+    assert -10 < found["psnr_db"] < 20  # of an untrained one
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the pictures that a CLIP of one's own making is shown: its feature is their mean colour."""

@@ -103,9 +103,9 @@ def test_along_the_checkpoints_of_a_run(
     for update in (10, 30):
         state = {"global_batch": 8}
         save_checkpoint(run, update, lambda f: save_model(pipe.model, f), state, options)
-    rows = quality["measured"](replace(options, along="training", models=(str(run),)))
+    *_, rows = quality["measured"](replace(options, along="training", models=(str(run),)))
     assert [row["pictures_seen"] for row in rows] == [80, 240]
     assert rows[0]["value"] == rows[1]["value"]  # the same weights
-    size = quality["measured"](replace(options, along="size"))
+    *_, size = quality["measured"](replace(options, along="size"))
     assert size[0]["parameters"] == sum(p.numel() for p in pipe.model.unet.parameters())
     assert size[0]["pictures_seen"] is None

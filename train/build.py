@@ -44,6 +44,7 @@ def _build(config: Config, checkpoint: Path | None) -> Model:
             model.defaults,
             caption_dropout=config.caption_dropout,
             data=config.data,
+            views=config.views,
             size=config.size or model.defaults.size,
             steps=config.steps or model.defaults.steps,
             sampler=config.sampler or model.defaults.sampler,
@@ -86,6 +87,7 @@ def _build(config: Config, checkpoint: Path | None) -> Model:
         sampler=config.sampler or ("ddpm" if config.learned_variance else "dpmpp_2m"),
         caption_dropout=config.caption_dropout,
         data=config.data,
+        views=config.views,
         size=size,
     )
     torch.manual_seed(config.seed)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import train.ldm
 from conditioning.context import Unconditional
-from ldm.consistency import ConsistencyLoss, Segments
+from ldm.consistency import ConsistencyLoss, Segments, subdivided
 from ldm.denoiser import Context
 from ldm.guidance import classifier_free
 from ldm.loss import Plain
@@ -33,6 +33,18 @@ from train.config import parse
 from train.objective import Objective
 
 SAMPLER = "ddim"  # over trailing steps, the first of which begins at the last row of the table
+
+
+OTHERS = (  # settings of another loss
+    "noise",
+    "noise_mean",
+    "noise_std",
+    "weight",
+    "huber",
+    "perturbation",
+    "min_snr_gamma",
+    "min_snr_floor",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,9 @@ class Config(settings.Config):
             raise ValueError(f"--substeps is {self.substeps}: expected at least 1")
         if self.token or self.inpainting or self.prior or self.train != ("unet",):
             raise ValueError("a student learns by its U-Net alone: leave out --token, --inpainting, --prior, --train")
+        if changed := [name for name in OTHERS if getattr(self, name) != getattr(settings.Config, name)]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            raise ValueError(f"a student has a loss and noise levels of its own: leave out {flags}")
         if self.sampler != SAMPLER or self.guidance_scale != 1:
             raise ValueError(f"a student is for --sampler {SAMPLER} --guidance-scale 1: leave both out")
 
@@ -86,10 +101,12 @@ def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Object
         if student.schedule.entries:  # where there is a table of betas, as other tools read it
             spaced = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True}
             student.scheduler = {**student.scheduler, **spaced}
-        spacing = "trailing" if student.schedule.entries else "karras"
-        segments = Segments(
-            step_grid(student.schedule, (config.steps or 1) * config.substeps, spacing), config.substeps
-        )
+        steps, schedule = config.steps or 1, student.schedule
+        if schedule.entries:  # every `substeps`-th row of the finer grid is one of the sampler's
+            levels = step_grid(schedule, steps * config.substeps, "trailing")
+        else:
+            levels = subdivided(step_grid(schedule, steps, "karras"), config.substeps, schedule.sigma_min)
+        segments = Segments(levels, config.substeps)
         defaults = teacher.defaults
         scale = defaults.guidance_scale if config.teacher_guidance is None else config.teacher_guidance
         scale = 1.0 if isinstance(teacher.conditioner, Unconditional) else max(1.0, scale)

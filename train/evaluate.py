@@ -38,7 +38,7 @@ from train.sources import open_source
 
 SIDE = 32  # pixels at which pictures are compared
 PLACEMENTS = (10_001, 10_002)  # seeds of the candidates' drawings
-UNSEEN = 20_001  # of the drawings that stand for real pictures which no model was trained on
+UNSEEN = 20_001  # first of those of drawings that stand for real pictures which no model was trained on
 ALIKE, EACH = 8, 6  # prompts whose samples are compared with one another, and how many of each
 
 
@@ -67,12 +67,17 @@ def draw_rows(split: str, count: int, objects: tuple[str, ...], seed: int, font:
     return [rows[i] for i in order[:count].tolist()]
 
 
+def drawn_afresh(rows: Sequence[Row], size: int, font: str | None) -> list[Image.Image]:
+    """The rows as no model was trained on them, each with a placement and brushwork of its own."""
+    return [paint(*row[:3], size, UNSEEN + i, font=font) for i, row in enumerate(rows)]
+
+
 @torch.no_grad()
 def reconstruction_psnr(pipe: TextToImagePipeline, rows: list[Row], size: int, font: str | None) -> dict[str, float]:
     """PSNR in dB of the autoencoder's reconstructions of freshly drawn pictures, in all and by style."""
     by_style: dict[str, list[float]] = {}
-    for row in rows:
-        pixels = torch.from_numpy(np.array(paint(*row[:3], size, UNSEEN, font=font)))[None]
+    for row, drawing in zip(rows, drawn_afresh(rows, size, font), strict=True):
+        pixels = torch.from_numpy(np.array(drawing))[None]
         images = to_unit(pixels).to(pipe.device, pipe.dtype)
         output = pipe.model.vae.decode(pipe.model.vae.encode(images).mode).clamp(-1, 1)
         error = ((output.float() - images.float()) / 2).square().mean()
@@ -135,6 +140,7 @@ def beside_training(
     out: Path,
     *,
     data: str,
+    views: int,
     font: str | None,
     cache: Path,
 ) -> dict[str, Any]:
@@ -149,11 +155,13 @@ def beside_training(
         return open_reference(InMemory(images, captions), extractor, size, out / "features", accelerator, workers=0)
 
     asked = [captions(*row[:3])[0] for row in rows]
-    real = [paint(*row[:3], size, UNSEEN, font=font) for row in rows]
-    training = open_reference(open_source(data, size, font=font), extractor, size, cache, accelerator, workers=0)
+    real = drawn_afresh(rows, size, font)
+    training = open_reference(
+        open_source(data, size, font=font, views=views), extractor, size, cache, accelerator, workers=0
+    )
     ours, theirs = opened(images, asked), opened(real, asked)
     some = several(asked)
-    drawn = [paint(*row[:3], size, UNSEEN + i, font=font) for row in rows[:ALIKE] for i in range(EACH)]
+    drawn = drawn_afresh(several(rows), size, font)
     apart, drawings = (diversity(opened(pictures, some).features(), some)[0] for pictures in (alike, drawn))
     if not accelerator.is_main_process:
         return {}
@@ -165,9 +173,9 @@ def beside_training(
     return {"memorisation": near, "diversity": spread}
 
 
-def several(prompts: list[str]) -> list[str]:
-    """The first prompts, each as often as its samples are compared with one another."""
-    return [prompt for prompt in prompts[:ALIKE] for _ in range(EACH)]
+def several(asked: list[Any]) -> list[Any]:
+    """The first prompts or rows, each as often as its samples are compared with one another."""
+    return [one for one in asked[:ALIKE] for _ in range(EACH)]
 
 
 def evaluate(
@@ -230,7 +238,8 @@ def evaluate(
             result[split]["judged"] = shares
             say(f"{split} pairs, by {judge}: " + ", ".join(f"{task} {share:.1%}" for task, share in shares.items()))
             if split == "train":
-                beside: dict[str, Any] = {"data": trained_on.split("+")[0], "font": font, "cache": cache}
+                beside: dict[str, Any] = {"data": trained_on.split("+")[0], "views": pipe.model.defaults.views}
+                beside |= {"font": font, "cache": cache}
                 alike = painted("several", several(asked))
                 result |= {"judged_by": str(judge), **beside_training(images, rows, alike, judge, out, **beside)}
     rows = draw_rows("train", 60, objects, seed + 1, font)

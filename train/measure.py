@@ -131,10 +131,12 @@ def _check_out(how: Measuring, reference: dict[str, Any]) -> None:
         )
 
 
-def _open_real(how: Measuring, data: str, size: int, *, needed: bool, say: Any, split: str = "train") -> Any:
+def _open_real(
+    how: Measuring, data: str, size: int, *, needed: bool, say: Any, split: str = "train", views: int = 1
+) -> Any:
     """A source of real pictures; a folder may do without captions, unless they are needed."""
     try:
-        return open_source(data, size, split=split, font=how.font, template=how.template)
+        return open_source(data, size, split=split, font=how.font, views=views, template=how.template)
     except ValueError:
         folder = Path(data).expanduser()
         if needed or how.template or not folder.is_dir() or not pictures_in(folder):
@@ -189,7 +191,9 @@ def _of_features(
         _right(extractor, reference)  # which says what it can't judge
     training = None
     if how.training:
-        real = _open_real(replace(how, template=""), how.training, size, needed=False, say=say)
+        plain = replace(how, template="")
+        views = pipe.model.defaults.views if pipe else 1
+        real = _open_real(plain, how.training, size, needed=False, say=say, views=views)
         training = open_set(real, extractor, how.cache)
     if pipe is not None:
         prompts = prompts_of(pipe, reference.captions, count, how.painting.seed)
