@@ -202,7 +202,7 @@ def test_a_model_that_is_told_nothing(measuring: Measuring, tmp_path: Path) -> N
     assert not (how.out / "samples" / "metadata.jsonl").exists()
     bits = measure_bits(str(model), how.reference, seed=3, cache=how.cache)
     assert values(result)["bpd"] == bits["bits_per_dim"]
-    assert measure(replace(how, metrics="bpd"))["metrics"] == result["metrics"][1:]
+    assert measure(replace(how, metrics="bpd"))["metrics"] == result["metrics"]  # the distance stays
     edm = silent_model(tmp_path / "edm", Identity(3), path="edm")
     found = measure(replace(how, model=str(edm), metrics="bpd"))["metrics"]
     assert found[0]["method"] == "flow"
@@ -226,6 +226,22 @@ def test_clip_score_of_pictures_and_their_captions(measuring: Measuring, referen
     assert clip["samples"] == 20
     assert clip["clip"]["hash"] != json.loads((tmp_path / "out" / "metrics.json").read_text())["extractor"]["hash"]
     assert fid["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_numbers_of_the_same_pictures_stand_side_by_side(measuring: Measuring, tmp_path: Path) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "out"
+    folder.mkdir()
+    for i in range(6):
+        Image.effect_noise((16, 16), 40 + i).convert("RGB").save(folder / f"{i}.png")
+    how = replace(measuring, model=str(folder), samples=None, out=out)
+    one = measure(replace(how, metrics="fid"))
+    both = measure(replace(how, metrics="precision"))
+    assert values(both) == values(one) | {"precision": values(both)["precision"]}
+    assert json.loads((out / "metrics.json").read_text()) == both
+    Image.new("RGB", (16, 16), "red").save(folder / "0.png")  # now they are others
+    other = measure(replace(how, metrics="precision"))
+    assert list(values(other)) == ["precision"]
+    assert json.loads((out / "metrics.json").read_text()) == other
 
 
 def test_diversity_needs_two_of_one_prompt(measuring: Measuring, reference: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from train.samples import (
     common_side,
     is_model,
     is_told,
+    model_digest,
     open_painter,
     paint_samples,
     prompts_of,
@@ -39,6 +40,14 @@ from train.samples import (
 from train.sources import describe, open_source
 
 FILE = "metrics.json"
+OF_PICTURES = (
+    "model",
+    "weights",
+    "samples_hash",
+    "painted",
+    "size",
+    "extractor",
+)  # what numbers in one file have in common
 METRICS = ("fid", "kid", "precision", "recall", "clip", "diversity", "accuracy", "bpd")
 PAIRED = {"kid", "precision", "recall"}
 PAIRS = 10_000  # pictures of each set, at most, whose distances or products with one another are computed
@@ -95,7 +104,7 @@ def measure(how: Measuring, pipe: TextToImagePipeline | None = None) -> dict[str
         raise ValueError(f"--lora {how.lora[0]} is loaded into a model, and {how.model} is a folder of pictures")
     if "bpd" in how.wanted:
         _check_bits(how, pipe)
-    result: dict[str, Any] = {"model": how.model, "metrics": []}
+    result: dict[str, Any] = {"model": how.model, "weights": pipe and model_digest(pipe), "metrics": []}
     if set(how.wanted) - {"bpd"} or how.training:
         _of_features(how, pipe, accelerator, result)
     else:
@@ -114,8 +123,15 @@ def measure(how: Measuring, pipe: TextToImagePipeline | None = None) -> dict[str
 
 
 def _write(how: Measuring, result: dict[str, Any]) -> None:
+    """Numbers of the same pictures that are there already stay; they are in `result`, then, too."""
     how.out.mkdir(parents=True, exist_ok=True)
-    with written_aside(how.out / FILE) as partial:
+    before = json.loads(file.read_text(encoding="utf-8")) if (file := how.out / FILE).is_file() else {}
+    if all(before.get(key, here) == here for key in OF_PICTURES if (here := result.get(key)) is not None):
+        known = {one["metric"] for one in result["metrics"]}
+        metrics = [one for one in before.get("metrics", []) if one["metric"] not in known] + result["metrics"]
+        reference = before.get("reference", {}) | result["reference"]
+        result |= before | result | {"metrics": metrics, "reference": reference}
+    with written_aside(file) as partial:
         partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -205,7 +221,8 @@ def _of_features(
     embedded = samples if clip is extractor or "clip" not in how.wanted else open_set(given, clip, how.out / "features")
     if not accelerator.is_main_process:
         return
-    result |= {"samples": len(samples), "size": size, "reference": said, "extractor": _described(extractor)}
+    result |= {"samples": len(samples), "samples_hash": samples.hash, "size": size, "reference": said}
+    result["extractor"] = _described(extractor)
     if len(samples) <= (dim := samples.moments().mean.numel()) and "fid" in how.wanted:
         say(
             f"warning: {len(samples)} samples, and {dim} features: a covariance of fewer samples than features is "
