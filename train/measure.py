@@ -118,19 +118,20 @@ def measure(how: Measuring, pipe: TextToImagePipeline | None = None) -> dict[str
         _write(how, result)
     if accelerator.is_main_process:
         say(f"written to {how.out / FILE}")
+        result = json.loads((how.out / FILE).read_text(encoding="utf-8"))
     accelerator.wait_for_everyone()
     return result
 
 
 def _write(how: Measuring, result: dict[str, Any]) -> None:
-    """Numbers of the same pictures that are there already stay; they are in `result`, then, too."""
+    """Numbers of the same pictures that are there already stay in their places."""
     how.out.mkdir(parents=True, exist_ok=True)
     before = json.loads(file.read_text(encoding="utf-8")) if (file := how.out / FILE).is_file() else {}
     if all(before.get(key, here) == here for key in OF_PICTURES if (here := result.get(key)) is not None):
-        known = {one["metric"] for one in result["metrics"]}
-        metrics = [one for one in before.get("metrics", []) if one["metric"] not in known] + result["metrics"]
+        new = {one["metric"]: one for one in result["metrics"]}
+        metrics = [new.pop(one["metric"], one) for one in before.get("metrics", [])] + list(new.values())
         reference = before.get("reference", {}) | result["reference"]
-        result |= before | result | {"metrics": metrics, "reference": reference}
+        result = before | result | {"metrics": metrics, "reference": reference}
     with written_aside(file) as partial:
         partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
