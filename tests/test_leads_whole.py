@@ -72,6 +72,7 @@ def test_leads_and_guides_from_beginning_to_end(
     assert json.loads(places["out"].read_text()) == said
 
     guides = runpy.run_path(str(BENCHMARKS / "guides.py"))
+    monkeypatch.setitem(guides["main"].__globals__, "painted", leads["painted"])  # which knows the few objects
     model = leads["config_of"]("base", options).output
     call = {"model": str(model), "scales": (1.0, 2.0), "steps": 2, "prompts": 4, "out": tmp_path / "guides.json"}
     rows = guides["main"](guides["Options"](judge, **call))

@@ -37,8 +37,6 @@ SAMPLER = "ddim"  # over trailing steps, the first of which begins at the last r
 
 OTHERS = (  # settings of another loss
     "noise",
-    "noise_mean",
-    "noise_std",
     "weight",
     "huber",
     "perturbation",
@@ -134,6 +132,9 @@ def unconditional(contexts: Callable[[list[str]], Context], context: Context, co
 
 
 def main(config: Config) -> Path:
+    """Raises ValueError for settings that a student has no use for."""
+    if (config.noise_mean, config.noise_std) != (None, None):
+        raise ValueError("a student has noise levels of its own: leave out --noise-mean and --noise-std")
     return train.ldm.main(config, distilling(config))
 
 
