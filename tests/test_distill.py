@@ -140,9 +140,13 @@ def test_the_null_is_told_of_what_is_no_text() -> None:
         ({"token": "<x>"}, "by its U-Net alone"),
         ({"sampler": "heun"}, "--sampler ddim --guidance-scale 1"),
         ({"guidance_scale": 3.0}, "--sampler ddim --guidance-scale 1"),
-        ({"perturbation": 0.1, "weight": "min_snr"}, "leave out --weight, --perturbation"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         replace(PRESETS["student"], **settings)
+
+
+def test_settings_of_another_loss_are_refused() -> None:
+    with pytest.raises(ValueError, match="leave out --noise-mean, --weight, --perturbation"):
+        main(replace(PRESETS["student"], noise_mean=1.0, weight="min_snr", perturbation=0.1))

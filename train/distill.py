@@ -37,6 +37,8 @@ SAMPLER = "ddim"  # over trailing steps, the first of which begins at the last r
 
 OTHERS = (  # settings of another loss
     "noise",
+    "noise_mean",
+    "noise_std",
     "weight",
     "huber",
     "perturbation",
@@ -63,9 +65,6 @@ class Config(settings.Config):
             raise ValueError(f"--substeps is {self.substeps}: expected at least 1")
         if self.token or self.inpainting or self.prior or self.train != ("unet",):
             raise ValueError("a student learns by its U-Net alone: leave out --token, --inpainting, --prior, --train")
-        if changed := [name for name in OTHERS if getattr(self, name) != getattr(settings.Config, name)]:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-            raise ValueError(f"a student has a loss and noise levels of its own: leave out {flags}")
         if self.sampler != SAMPLER or self.guidance_scale != 1:
             raise ValueError(f"a student is for --sampler {SAMPLER} --guidance-scale 1: leave both out")
 
@@ -133,8 +132,10 @@ def unconditional(contexts: Callable[[list[str]], Context], context: Context, co
 
 def main(config: Config) -> Path:
     """Raises ValueError for settings that a student has no use for."""
-    if (config.noise_mean, config.noise_std) != (None, None):
-        raise ValueError("a student has noise levels of its own: leave out --noise-mean and --noise-std")
+    # Not in __post_init__: the training records its own noise in a config that it makes of this one.
+    if changed := [name for name in OTHERS if getattr(config, name) != getattr(settings.Config, name)]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise ValueError(f"a student has a loss and noise levels of its own: leave out {flags}")
     return train.ldm.main(config, distilling(config))
 
 

@@ -40,14 +40,7 @@ from train.samples import (
 from train.sources import describe, open_source
 
 FILE = "metrics.json"
-OF_PICTURES = (
-    "model",
-    "weights",
-    "samples_hash",
-    "painted",
-    "size",
-    "extractor",
-)  # what numbers in one file have in common
+OF_PICTURES = ("model", "weights", "samples_hash", "painted", "size", "extractor")  # alike for all numbers of a file
 METRICS = ("fid", "kid", "precision", "recall", "clip", "diversity", "accuracy", "bpd")
 PAIRED = {"kid", "precision", "recall"}
 PAIRS = 10_000  # pictures of each set, at most, whose distances or products with one another are computed
