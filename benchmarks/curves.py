@@ -55,12 +55,10 @@ def said(verdict: dict[str, Any]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], sides: Sequence[str], floor: float, samples: int, file: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, x, label in zip(
         axes, ("minutes", "gflop"), ("minutes of training", "GFLOP spent in training"), strict=True
     ):

@@ -10,14 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipelines import TextToImagePipeline
 from train.evaluate import draw_rows
 from train.grid import grid
-from train.pictograms import captions, things
+from train.pictograms import captions, chosen
 
 COUNT = 24
 
 if __name__ == "__main__":
     pipe = TextToImagePipeline.from_pretrained()
-    everyday = tuple(name for name, thing in things().items() if thing.everyday)
-    prompts = [captions(*row[:3])[0] for row in draw_rows("train", COUNT, everyday, seed=0, font=None)]
+    prompts = [captions(*row[:3])[0] for row in draw_rows("train", COUNT, chosen(), seed=0, font=None)]
     images = pipe(prompts, seed=0).images
     large = [image.resize((128, 128), Image.Resampling.NEAREST) for image in images]
     grid(large, prompts, columns=8).save(Path(__file__).resolve().parents[1] / "docs" / "gallery.png")

@@ -62,12 +62,10 @@ def guided_by(weaker: Model) -> Iterator[None]:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(3.2 * len(METRICS), 3), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(METRICS), 3), layout="constrained")
+    axes = figure.subplots(1, len(METRICS))
     for axis, metric in zip(axes, METRICS, strict=True):
         for guide in dict.fromkeys(row["guide"] for row in rows):
             mine = sorted((row for row in rows if row["guide"] == guide), key=lambda row: row["scale"])
@@ -76,7 +74,6 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def main(options: Options) -> list[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
     python benchmarks/leads.py --vae runs/bundled-vae --clip runs/bundled-clip --judge runs/pictograms-recogniser
 
-A small U-Net between the bundled model's autoencoder and text encoder sees as many pictograms every time, with one
-thing changed: a setting, or the latents (`--vaes runs/other-vae …`). Of each: what the judge finds right (objects,
-styles) in samples of pairs trained on and held out, the Fréchet distance of all these to fresh drawings in the judge's
-features, the validation error by noise level, what the autoencoder loses, and the training's time beside the base's.
-"seed" is the base once more: differences that are not larger than its own say nothing. What the project has no flag
-for is changed here. The pairs and their noise are others than those `atelier evaluate` asks for by default: what is
-chosen here can be measured there. What is finished is kept in --work, and --out grows lead by lead.
+A small U-Net between the bundled model's autoencoder and text encoder sees as many pictograms of a quarter of its
+objects every time, with one thing changed: a setting, or the latents (`--vaes runs/other-vae …`). Of each: what the
+judge finds right (objects, styles) in samples of pairs trained on and held out, the Fréchet distance of all these to
+fresh drawings in the judge's features, the validation error by noise level, what the autoencoder loses, and the
+training's time beside the base's. "seed" is the base once more: differences that are not larger than its own say
+nothing. What the project has no flag for is changed here. The pairs and their noise are others than those `atelier
+evaluate` asks for by default: what is chosen here can be measured there. What is finished is kept in --work, and --out
+grows lead by lead.
 """
 
 import json
@@ -41,7 +42,7 @@ from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge
 from train.extractors import open_extractor
 from train.metrics import Moments, frechet_distance
 from train.objective import Objective, denoising
-from train.pictograms import captions, things
+from train.pictograms import captions, chosen, objects_of
 from train.pictures import digest
 from train.samples import NOISES
 from train.settings import SMALL, Config
@@ -68,6 +69,7 @@ class Options:
     judge: Path  # a run of train/recogniser.py --preset pictograms
     leads: tuple[str, ...] = ()  # by default all
     vaes: tuple[str, ...] = ()  # more autoencoders, each of which is a lead, too
+    every: int = 4  # of the everyday objects one in so many, which are learnt as much sooner
     updates: int = 800
     batch: int = 64
     prompts: int = 200  # pairs that were trained on, and as many held out
@@ -215,9 +217,13 @@ def recipes(options: Options) -> dict[str, Lead]:
     return LEADS | {f"vae:{vae}": Lead(f"in the latents of {vae}", {"vae": vae}) for vae in options.vaes}
 
 
+def data_of(options: Options) -> str:
+    return f"pictograms:{','.join(chosen()[:: options.every])}"
+
+
 def config_of(name: str, options: Options) -> Config:
     base = Config(
-        data="pictograms",
+        data=data_of(options),
         vae=options.vae,
         text_encoder=options.clip,
         unet=UNET,
@@ -234,7 +240,9 @@ def config_of(name: str, options: Options) -> Config:
         keep=1,
     )
     config = replace(base, **recipes(options)[name].changes)
-    known = digest(repr(config), weights_of(config.vae), weights_of(config.text_encoder), drawings(options.size or 128))
+    known = digest(
+        repr(config), weights_of(config.vae), weights_of(config.text_encoder), drawings(base.data, options.size or 128)
+    )
     output = options.work / f"{name.replace('/', '-')}-{known[:8]}"
     return replace(config, output=output, cache=options.cache, workers=options.workers)
 
@@ -247,8 +255,8 @@ def weights_of(where: str) -> str:
 
 
 @lru_cache
-def drawings(size: int) -> str:
-    return open_source("pictograms", size).fingerprint()
+def drawings(data: str, size: int) -> str:
+    return open_source(data, size).fingerprint()
 
 
 def trained(name: str, options: Options) -> dict[str, Any]:
@@ -303,7 +311,7 @@ def painted(pipe: TextToImagePipeline, where: Path, prompts: int, **call: Any) -
     where: the judge. prompts: pairs trained on, and as many held out. call: more arguments of the pipeline.
     """
     pipe.set_progress_bar_config(disable=True)
-    objects = tuple(name for name, thing in things().items() if thing.everyday)
+    objects = objects_of(pipe.model.defaults.data)
     judge, extractor = open_pictogram_judge(where, objects), open_extractor(str(where))
     found: dict[str, float] = {}
     images, drawn, first = [], [], PAINTED * NOISES
@@ -322,18 +330,14 @@ def painted(pipe: TextToImagePipeline, where: Path, prompts: int, **call: Any) -
 
 def reconstructed(pipe: TextToImagePipeline) -> dict[str, Any]:
     """The shape of the latents, and dB of what the autoencoder makes of freshly drawn pictures."""
-    objects = tuple(name for name, thing in things().items() if thing.everyday)
-    model, rows = pipe.model, draw_rows("train", 48, objects, 0, None)
+    model, rows = pipe.model, draw_rows("train", 48, chosen(), 0, None)
     side = model.size // model.vae.downscale
     shape = [model.vae.latent_channels, side, side]
     return {"latents": shape, "psnr_db": reconstruction_psnr(pipe, rows, model.size, None)["all"]}
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     names = [row["lead"] for row in rows][::-1]
     columns = {
@@ -341,21 +345,21 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         "held_out_style": "right styles, held-out pairs",
         "distance": "Fréchet distance, judge's features",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(13, 0.32 * len(rows) + 1.2), sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 0.32 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
         axis.barh(names, [row[column] for row in rows][::-1], color=["0.6"] * (len(rows) - 1) + ["tab:blue"])
         axis.axvline(rows[0][column], color="tab:blue", linewidth=0.8)
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3, axis="x")
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def main(options: Options) -> None:
     known = recipes(options)
     if unknown := set(options.leads) - set(known):
         raise ValueError(f"no lead {min(unknown)!r}: there are {', '.join(known)}")
-    settings: dict[str, Any] = {key: getattr(options, key) for key in ("updates", "batch", "prompts", "size")}
+    settings: dict[str, Any] = {key: getattr(options, key) for key in ("every", "updates", "batch", "prompts", "size")}
     settings |= {"vae": weights_of(options.vae)[:16], "clip": weights_of(options.clip)[:16]}
     settings["judge"] = open_extractor(str(options.judge)).digest  # before the hours of training
     rows = {row["lead"]: row for row in results_before(options.out, settings)}

@@ -28,7 +28,7 @@ from benchmarks.machine import described
 from pipelines import TextToImagePipeline
 from train.evaluate import draw_rows, nearest
 from train.grid import grid
-from train.pictograms import GROUNDS, STYLES, Row, captions, paint, things
+from train.pictograms import GROUNDS, STYLES, Row, captions, chosen, paint
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = {  # the grounds of the 20 pictures, by style
@@ -117,11 +117,11 @@ def ask(options: Options, model: str, rows: list[Row], known: tuple[str, ...]) -
 
 
 def main(options: Options) -> dict[str, Any]:
-    known = tuple(name for name, thing in things().items() if thing.everyday)
+    known = chosen()
     if options.object in known:
         raise ValueError(f"--object {options.object}: the bundled model knows it; take one that is not everyday")
-    count = len(list(options.work.glob("*"))) if options.work.is_dir() else 0
-    options = replace(options, work=options.work / f"{count:03d}")  # a new one: the time is that of a whole training
+    last = max((int(folder.name) for folder in options.work.glob("[0-9][0-9][0-9]")), default=-1)
+    options = replace(options, work=options.work / f"{last + 1:03d}")  # a new one: the time is that of a whole training
     images = draw(options)
     sheet, said = images[:8], [caption(options, "plain", ground) for ground in SHOWN["plain"]]
     result: dict[str, Any] = {"object": options.object, "pictures": len(images), "flags": options.flags}

@@ -190,13 +190,11 @@ def check(options: Options) -> None:
 
 
 def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     x, metrics = X[along], list(dict.fromkeys(row["metric"] for row in rows))
-    figure, axes = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 4.2), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(6 * len(metrics), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(metrics), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         chosen = [row for row in rows if row["metric"] == metric and None not in (row[x], row["value"])]
         for name in dict.fromkeys(line_of(row, along) for row in chosen):

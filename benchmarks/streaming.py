@@ -151,12 +151,10 @@ def measured(side: str, data: Path, rows: int) -> dict[str, Any]:
 
 
 def plot(found: list[dict[str, Any]], file: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    figure = Figure(figsize=(17, 4), layout="constrained")
+    axes = figure.subplots(1, 4)
     rows = [one["rows"] for one in found]
     for axis, key, title in zip(
         axes,

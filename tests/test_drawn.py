@@ -15,6 +15,7 @@ from PIL import Image
 from train import pictograms
 from train.pictograms import GROUNDS, STYLES, Pictograms, Row, captions, find_font, glyph, held_out, paint, things
 from train.shapes import CANONICAL_PROMPTS, COLOURS, KINDS, PLACES, RELATIONS, SIZES, Shapes
+from train.sources import open_source
 
 try:
     find_font()
@@ -179,6 +180,9 @@ def test_splits_of_pictograms() -> None:
     assert {row[:2] for row in train}.isdisjoint({row[:2] for row in unseen})
     name, style = next(iter(unseen))[:2]
     assert all(row.style != style for row in Pictograms(objects=[name]).rows)  # whatever else is in the list
+    assert Pictograms(objects="teddy bear,fox").rows == Pictograms(objects=["teddy bear", "fox", "fox"]).rows
+    every = ",".join(things())  # longer than a file's name may be
+    assert len(open_source(f"pictograms:{every}", 32, split="all")) == len(things()) * len(STYLES) * len(GROUNDS)
 
 
 DIGEST = """
@@ -299,5 +303,7 @@ def test_bad_names_are_refused() -> None:
         paint("fox", "oil", "teal")
     with pytest.raises(ValueError, match="expected 'train', 'held_out' or 'all'"):
         Pictograms(split="test")
-    with pytest.raises(ValueError, match="expected 'everyday', 'all' or a list"):
+    with pytest.raises(ValueError, match="no object is named 'some'; expected a name such as"):
         Pictograms(objects="some")
+    with pytest.raises(ValueError, match=r"no object is named 'foxx'.*'fox'"):
+        open_source("pictograms:house,foxx", 32)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from train.classifier import classes_of
 from train.data import Pictures, read_pictures
-from train.pictograms import Pictograms, Row, find_font
+from train.pictograms import Pictograms, Row, find_font, objects_of
 from train.sources import Drawn, Source, describe, open_source
 
 GRAIN = 0.1  # standard deviation of the most noise that pictures are softened by, white being 1 and black -1
@@ -22,9 +22,10 @@ def is_drawn(data: str) -> bool:
 
 def drawings(data: str, size: int, views: int, font: str | None, seed: int) -> tuple[Source, list[Row]]:
     """Pictograms of all pairs, drawn otherwise than a generator is shown them (seed 0), and what each shows."""
-    objects = data.partition(":")[2] or "everyday"
+    objects = objects_of(data)
     drawing = Pictograms(size, objects, "all", views, font, seed)
-    return Drawn(drawing, f"pictograms {size} {objects} all {views} seed {seed}", size, find_font(font)), drawing.rows
+    said = f"pictograms {size} {','.join(objects)} all {views} seed {seed}"
+    return Drawn(drawing, said, size, find_font(font)), drawing.rows
 
 
 def read_answers(

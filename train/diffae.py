@@ -48,7 +48,7 @@ from train.watch import errors_by_level
 class Config:
     """Settings of one training run."""
 
-    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms" or "pictograms:all"; several joined by +
+    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms[:NAMES]" (or ":all"); several joined by +
     output: Path = Path("runs/diffae")  # checkpoints, sample grids and logs
     unet: UNetConfig = SMALL  # its channels follow the autoencoder, its cross-attention the code
     encoder: SemanticConfig = field(default_factory=SemanticConfig)

@@ -29,7 +29,7 @@ from train.judge import answers_of, open_judge, verdicts
 from train.launch import start
 from train.metrics import diversity
 from train.neighbours import in_words, memorisation
-from train.pictograms import Pictograms, Row, captions, paint, things
+from train.pictograms import Pictograms, Row, captions, objects_of, paint
 from train.pictures import Example, digest
 from train.recogniser import Recogniser
 from train.reference import Reference, open_reference
@@ -208,8 +208,7 @@ def evaluate(
             f"this model was trained on {trained_on or 'unknown data'}, not on pictograms: where it paints classes, "
             "train a judge of them (train/recogniser.py) and give --judge RUN; or a --reference to compare with"
         )
-    everything = trained_on.split("+")[0] == "pictograms:all"
-    objects = tuple(name for name, thing in things().items() if everything or thing.everyday)
+    objects = objects_of(trained_on.split("+")[0])
     network = open_pictogram_judge(judge, objects) if judge else None
     out.mkdir(parents=True, exist_ok=True)
 
@@ -220,7 +219,9 @@ def evaluate(
     result: dict = {"model": str(model), "objects": len(objects), "seed": seed, "judge": "nearest in 32×32 pixels"}
     for split, count in (("train", prompts), ("held_out", prompts // 2)):
         rows = draw_rows(split, count, objects, seed, font)
-        count = len(rows)  # fewer where the split has no more
+        if not (count := len(rows)):
+            say(f"{split} pairs: there are none of these {len(objects)} objects")
+            continue
         asked = [captions(*row[:3])[0] for row in rows]
         there, began = any((out / "samples" / split).glob("*.png")), time.perf_counter()
         images = painted(split, asked)

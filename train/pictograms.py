@@ -141,6 +141,22 @@ def _known(kind: str, name: str, names: Iterable[str]) -> None:
         raise ValueError(f"no {kind} is named {name!r}; expected a name such as {', '.join(map(repr, close))}")
 
 
+def chosen(objects: str | Sequence[str] = "everyday") -> tuple[str, ...]:
+    """The names of "everyday" or "all" objects, or those given, as a list or joined by commas; ValueError for unknown
+    ones."""
+    if objects in ("everyday", "all"):
+        return tuple(name for name, thing in things().items() if objects == "all" or thing.everyday)
+    names = objects.split(",") if isinstance(objects, str) else objects
+    for name in names:
+        _known("object", name, things())
+    return tuple(dict.fromkeys(names))
+
+
+def objects_of(data: str) -> tuple[str, ...]:
+    """The objects of "pictograms" or "pictograms:OBJECTS", as `--data` has it."""
+    return chosen(data.partition(":")[2] or "everyday")
+
+
 def _number(*words: object) -> int:
     """64 bits that depend on the words alone."""
     return int.from_bytes(hashlib.blake2b("|".join(map(str, words)).encode(), digest_size=8).digest(), "big")
@@ -214,7 +230,7 @@ class Pictograms:
 
     Args:
         size: side of the pictures, pixels.
-        objects: "everyday", "all", or names out of objects.csv.
+        objects: "everyday", "all", or names out of objects.csv, as a list or joined by commas.
         split: "train", "held_out" ((object, style) pairs kept from training), or "all".
         views: pictures of each object in each style on each ground, differing in placement and brushwork; those with
             odd numbers are mirrored, where the object bears it.
@@ -234,22 +250,13 @@ class Pictograms:
         font: str | None = None,
         seed: int = 0,
     ) -> None:
-        known = things()
-        if isinstance(objects, str):
-            if objects not in ("everyday", "all"):
-                raise ValueError(f"objects is {objects!r}; expected 'everyday', 'all' or a list of names")
-            names = [name for name, thing in known.items() if objects == "all" or thing.everyday]
-        else:
-            names = list(objects)
-        for name in names:
-            _known("object", name, known)
         if split not in ("train", "held_out", "all"):
             raise ValueError(f"split is {split!r}; expected 'train', 'held_out' or 'all'")
         find_font(font)
         self.size, self.font, self.seed = size, font, seed
         self.rows = [
             Row(name, style, ground, view)
-            for name in names
+            for name in chosen(objects)
             for style in STYLES
             if split == "all" or held_out(name, style) == (split == "held_out")
             for ground in GROUNDS

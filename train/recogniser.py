@@ -152,7 +152,7 @@ def load_recogniser(where: str | Path) -> Recogniser:
 class Config:
     """Settings of one recogniser."""
 
-    data: str = ""  # folder of class folders, .parquet file, or "pictograms" ("pictograms:all")
+    data: str = ""  # folder of class folders, .parquet file, or "pictograms[:NAMES]" (or ":all")
     test: str = ""  # pictures to measure the accuracy on; without, some of --data are not trained on
     output: Path = Path("runs/recogniser")  # checkpoints and logs
     model: RecogniserConfig = RecogniserConfig()  # its tasks are those of the data

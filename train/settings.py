@@ -24,7 +24,7 @@ SMALL = UNetConfig(
 class Config:
     """Settings of one training run."""
 
-    data: str = "shapes"  # folder, .parquet, .tar, hub set, "shapes", "pictograms[:all]"; [NUMBER*]SOURCE joined by +
+    data: str = "shapes"  # folder, .parquet, .tar, hub set, "shapes", "pictograms[:NAMES]"; [NUMBER*]SOURCE joined by +
     template: str = ""  # makes captions of columns or fields, such as "a photo of {label}"
     shuffle_tags: bool = False  # comma-separated parts of a caption come in any order
     keep_tags: int = 0  # but the first so many, which stay in front

@@ -12,6 +12,7 @@ is read as a stream, remote paths for instance, is in `train.shards`.
 
 import bisect
 import itertools
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from train.tars import TarSource, open_tars
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.\[\]%-]+)?")
 EXPECTED = (
     "expected a folder of captioned pictures, a .parquet or .tar file or a folder of them, 'shapes' or 'pictograms' "
-    "('pictograms:all' for every object), or a data set of the hub as owner/name"
+    "('pictograms:all' for every object, 'pictograms:fox,house' for some), or a data set of the hub as owner/name"
 )
 
 
@@ -111,7 +112,7 @@ def open_source(
 
 def split_parts(data: str) -> list[tuple[float, str]]:
     """[NUMBER*]SOURCE+… as (number, source): how often the pictures of each come in an epoch, 1 without a number."""
-    if Path(data).expanduser().exists():  # a name may hold a plus, or a star
+    if os.path.exists(Path(data).expanduser()):  # a name may hold a plus, or a star; Path.exists fails for long ones
         return [(1.0, data)]
     parts = []
     for part in data.split("+"):
@@ -152,11 +153,11 @@ def _drawn(data: str, size: int, split: str, font: str | None, views: int) -> Dr
         seed = {"train": 0, "held_out": 1, "all": 0}[split]
         count = 256 if split == "held_out" else 4096
         return Drawn(Shapes(size=size, count=count, seed=seed), f"shapes {size} {count} {seed}", size)
-    from train.pictograms import Pictograms, find_font
+    from train.pictograms import Pictograms, find_font, objects_of
 
-    objects = data.partition(":")[2] or "everyday"
+    objects = objects_of(data)
     drawing = Pictograms(size=size, objects=objects, split=split, views=views, font=font)
-    return Drawn(drawing, f"pictograms {size} {objects} {split} {views}", size, find_font(font))
+    return Drawn(drawing, f"pictograms {size} {','.join(objects)} {split} {views}", size, find_font(font))
 
 
 def _elsewhere(data: str, template: Template | None) -> TarSource | ParquetSource:

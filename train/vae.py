@@ -67,7 +67,7 @@ def _of_32(widths: tuple[int, ...], latent_channels: int) -> AutoencoderConfig:
 class Config:
     """Settings of one autoencoder."""
 
-    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms" or "pictograms:all"
+    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms[:NAMES]" (or ":all")
     output: Path = Path("runs/vae")  # checkpoints, sample grids and logs
     init: Path | None = None  # an autoencoder's folder to fine-tune, instead of `model` from nothing
     decoder_only: bool = False  # of --init: the latents stay as they are, and so does every model in them
