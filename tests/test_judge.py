@@ -15,9 +15,10 @@ import train.recogniser
 from ldm.classifier import NoisyClassifier, NoisyClassifierConfig
 from ldm.pixel_unet import PixelUNetConfig
 from pipelines.files import save_network
+from train.extractors import open_extractor
 from train.judge import answers_of, drawn_captions, evaluate_classes, open_judge, right_by_caption, verdicts
 from train.presets import PRESETS
-from train.recogniser import Recogniser, RecogniserConfig
+from train.recogniser import Recogniser, RecogniserConfig, load_recogniser
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -69,6 +70,14 @@ def test_it_knows_real_pictures(kind: str, request: pytest.FixtureRequest) -> No
     names = ["red", "blue", "blue", "red", "blue"] * 30
     found = verdicts(classifier, [patch(name, rng).resize((16, 16)) for name in names])
     assert [answers_of(classifier)["class"][i] for i in found.tolist()] == names
+
+
+def test_it_sees_what_the_extractor_sees(recogniser: Path) -> None:
+    judge, extractor = load_recogniser(recogniser), open_extractor(str(recogniser))
+    grainy = np.random.default_rng(2).integers(0, 256, (60, 21, 21, 3), dtype=np.uint8)  # no colour more than the other
+    seen = judge.answer(extractor(list(grainy)))[0].argmax(1)
+    assert len(seen.unique()) == 2
+    assert verdicts(judge, [Image.fromarray(one) for one in grainy]).equal(seen)
 
 
 @pytest.fixture(scope="module")

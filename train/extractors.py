@@ -72,9 +72,8 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """Square pictures, uint8 [side, side, 3] each -> [B, d] float32, on the CPU."""
-        resized = [np.asarray(self._resized(one)) for one in pixels]
         device = next(self.network.parameters()).device
-        features = self.compute(torch.from_numpy(np.stack(resized)).to(device)).float().cpu()
+        features = self.compute(resized(pixels, self.side).to(device)).float().cpu()
         if features.ndim != 2 or len(features) != len(pixels):
             raise ValueError(
                 f"the extractor {self.name} gives features of shape {list(features.shape)} for {len(pixels)} pictures: "
@@ -82,10 +81,12 @@ class Extractor:
             )
         return features
 
-    def _resized(self, pixels: np.ndarray) -> Image.Image | np.ndarray:
-        if pixels.shape[:2] == (self.side, self.side):
-            return pixels
-        return Image.fromarray(pixels).resize((self.side, self.side), Image.Resampling.BICUBIC)
+
+def resized(pixels: Sequence[np.ndarray], side: int) -> Tensor:
+    """Square pictures, uint8 [any, any, 3] each, as networks are shown them: uint8 [B, side, side, 3]."""
+    shape = (side, side)
+    same = (p if p.shape[:2] == shape else Image.fromarray(p).resize(shape, Image.Resampling.BICUBIC) for p in pixels)
+    return torch.from_numpy(np.stack([np.asarray(one) for one in same]))
 
 
 def open_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:

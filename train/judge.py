@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ldm.classifier import NoisyClassifier
 from pipelines.classifier import load_classifier
 from pipelines.files import newest, read_json
-from train.data import fit, generator, to_unit, written_aside
+from train.data import generator, to_unit, written_aside
+from train.extractors import resized
 from train.grid import grid
 from train.launch import start
 from train.pictograms import GROUNDS, STYLES, captions, things
@@ -48,7 +50,7 @@ def answers_of(judge: Recogniser | NoisyClassifier) -> dict[str, tuple[str, ...]
 def verdicts(judge: Recogniser | NoisyClassifier, images: list[Image.Image], task: int = 0) -> torch.Tensor:
     """The likeliest answer of each picture, its place in those of the task: [N]."""
     config = judge.config
-    pixels = torch.stack([torch.from_numpy(fit(image, config.sample_size).copy()) for image in images])
+    pixels = resized([np.asarray(image) for image in images], config.sample_size)
     if isinstance(judge, Recogniser):
         logits = [judge(as_seen(judge.config, to_unit(part)))[task] for part in pixels.split(100)]
         return torch.cat(logits).argmax(1)
