@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipelines import TextToImagePipeline
@@ -18,5 +16,4 @@ if __name__ == "__main__":
     pipe = TextToImagePipeline.from_pretrained()
     prompts = [captions(*row[:3])[0] for row in draw_rows("train", COUNT, chosen(), seed=0, font=None)]
     images = pipe(prompts, seed=0).images
-    large = [image.resize((128, 128), Image.Resampling.NEAREST) for image in images]
-    grid(large, prompts, columns=8).save(Path(__file__).resolve().parents[1] / "docs" / "gallery.png")
+    grid(images, prompts, columns=8).save(Path(__file__).resolve().parents[1] / "docs" / "gallery.png")

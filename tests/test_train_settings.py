@@ -94,8 +94,8 @@ def test_flags_replace_what_the_preset_says(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert command("") == PRESETS["shapes"]
     assert command("--preset bundled") == command("--preset=bundled") == PRESETS["bundled"]
-    changed = command("--preset bundled --updates 3 --unet.block-out-channels 32 64 --size 64 --prompts red blue")
-    unet = replace(PRESETS["bundled"].unet, block_out_channels=(32, 64))
+    changed = command("--preset bundled --updates 3 --unet.block-out-channels 16 32 64 --size 64 --prompts red blue")
+    unet = replace(PRESETS["bundled"].unet, block_out_channels=(16, 32, 64))
     assert changed == replace(PRESETS["bundled"], updates=3, unet=unet, size=64, prompts=("red", "blue"))
     with pytest.raises(ValueError, match=r"--preset 'big': expected one of shapes, new, fine-tune, bundled"):
         command("--preset big")

@@ -60,7 +60,6 @@ class Thing(NamedTuple):
     text: str  # what the font draws
     name: str
     article: str  # "a", "an", "the" or ""
-    mirror: bool  # whether it is as true from the other side: no letters, no clock face
     everyday: bool
 
 
@@ -76,8 +75,8 @@ def things() -> dict[str, Thing]:
     """The objects of objects.csv by name, in its order."""
     with open(Path(__file__).with_name("objects.csv"), encoding="utf-8", newline="") as file:
         rows = [
-            Thing("".join(chr(int(code, 16)) for code in codes.split()), name, article, mirror == "1", everyday == "1")
-            for codes, name, article, mirror, everyday in list(csv.reader(file))[1:]
+            Thing("".join(chr(int(code, 16)) for code in codes.split()), name, article, everyday == "1")
+            for codes, name, article, everyday in list(csv.reader(file))[1:]
         ]
     return {thing.name: thing for thing in rows}
 
@@ -168,18 +167,11 @@ def held_out(object: str, style: str) -> bool:
 
 
 def paint(
-    object: str,
-    style: str,
-    ground: str,
-    size: int = 128,
-    seed: int = 0,
-    *,
-    mirror: bool = False,
-    font: str | None = None,
+    object: str, style: str, ground: str, size: int = 128, seed: int = 0, *, font: str | None = None
 ) -> Image.Image:
     """One picture, RGB, `size` × `size`; placement and brushwork depend on `seed` and on nothing else.
 
-    object: a name in objects.csv; style: one of STYLES; ground: one of GROUNDS; mirror: flip the object left to right.
+    object: a name in objects.csv; style: one of STYLES; ground: one of GROUNDS.
     Raises ValueError for a name that is none, or without the font.
     """
     for kind, name, names in (("object", object, things()), ("style", style, STYLES), ("ground", ground, GROUNDS)):
@@ -188,8 +180,6 @@ def paint(
     mark = glyph(things()[object].text, find_font(font))
     side = max(size, 128)
     scale, shift = rng.uniform(0.76, 0.84), rng.uniform(-0.03, 0.03, 2)
-    if mirror:
-        mark = mark.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     step = side / CELLS if style == "pixel" else 1.0  # there, what is symmetric should fall on the grid so
     box = np.array(mark.size) * scale * side / max(mark.size)
     box = np.maximum(np.round(box / step), 1) * step
@@ -232,8 +222,8 @@ class Pictograms:
         size: side of the pictures, pixels.
         objects: "everyday", "all", or names out of objects.csv, as a list or joined by commas.
         split: "train", "held_out" ((object, style) pairs kept from training), or "all".
-        views: pictures of each object in each style on each ground, differing in placement and brushwork; those with
-            odd numbers are mirrored, where the object bears it.
+        views: pictures of each object in each style on each ground, differing in placement and brushwork. None is
+            mirrored: captions would not say so, and models that saw both ways paint teapots with two spouts.
         font: path of NotoColorEmoji.ttf; by default it is looked up where systems keep fonts.
         seed: another seed, other pictures.
 
@@ -268,6 +258,5 @@ class Pictograms:
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
-        mirror = row.view % 2 == 1 and things()[row.object].mirror
-        image = paint(*row[:3], self.size, _number(self.seed, *row), mirror=mirror, font=self.font)
+        image = paint(*row[:3], self.size, _number(self.seed, *row), font=self.font)
         return Example(image, captions(*row[:3]), "/".join(map(str, row)))

@@ -7,34 +7,45 @@ from pathlib import Path
 from train.set_presets import LECTURE, SMALL_SETS
 from train.settings import SMALL, Config
 
+# For latents of 16×16: text and attention at 8×8 and 4×4; at the finest level they would cost more than they give.
+THREE_LEVELS = replace(
+    SMALL,
+    block_out_channels=(64, 128, 192),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+)
+
 PRESETS = {
-    # First steps, taken when neither --data nor --model is given: the bundled model learns geometry, in 4 min 16 s on
-    # 2 cores, 106 pictures a second. Single shapes are right by then, small ones and pairs not always. (From nothing
-    # there is not even a square in that time: the latents of the bundled autoencoder take longer to learn.)
+    # First steps, taken when neither --data nor --model is given: the bundled model learns geometry, in 8 min 6 s on
+    # 2 cores, a minute of it for the latents, 33 pictures a second. Large single shapes are right by then; small ones,
+    # pairs and grounds not always.
     "shapes": Config(
         model="bundled",
-        updates=380,
+        updates=200,
         batch_size=64,
         warmup=20,
         noise_mean=1.2,
         noise_std=1.2,
         ema_decay=0.98,
-        checkpoint_every=190,
+        checkpoint_every=100,
     ),
     # Taken when --data is given: a small U-Net from nothing between the bundled autoencoder and text encoder.
-    "new": Config(output=Path("runs/new")),
+    "new": Config(output=Path("runs/new"), unet=THREE_LEVELS, noise_mean=0.7, noise_std=1.5),
     # Taken when --model is given: a gentle rate, a few hundred updates.
     "fine-tune": Config(
         output=Path("runs/fine-tuned"), updates=400, batch_size=16, optimizer="adamw", learning_rate=1e-4, warmup=20
     ),
-    # The bundled model's U-Net: in two processes (--batch-size 32) 42 minutes at 102 pictures a second. Its card has
-    # the score.
+    # The bundled model's U-Net: in two processes (--batch-size 64). Its card has times and scores.
     "bundled": Config(
         data="pictograms",
         output=Path("runs/bundled"),
-        unet=replace(SMALL, block_out_channels=(96, 176), norm_num_groups=8),
-        updates=4000,
-        batch_size=64,
+        unet=replace(THREE_LEVELS, block_out_channels=(80, 144, 224), norm_num_groups=8),
+        views=2,
+        updates=4500,
+        batch_size=128,
+        noise_mean=0.7,
+        noise_std=1.5,
+        learning_rate=3e-3,
         warmup=150,
         ema_decay=0.998,
         checkpoint_every=500,
@@ -54,7 +65,7 @@ def preset_for(arguments: Sequence[str]) -> str:
 def check_model_settings(config: Config) -> None:
     """Refuses settings of a new model beside --model, which brings its own."""
     fixed = ("unet", "vae", "text_encoder", "path", "prediction", "zero_snr", "sigma_data")
-    known = [PRESETS[name] for name in ("new", "bundled")]
+    known = [Config(), PRESETS["new"], PRESETS["bundled"]]
     changed = [n for n in fixed if all(getattr(config, n) != getattr(preset, n) for preset in known)]
     if config.model and changed:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
