@@ -44,8 +44,9 @@ from train.metrics import Moments, frechet_distance
 from train.objective import Objective, denoising
 from train.pictograms import captions, chosen, objects_of
 from train.pictures import digest
+from train.presets import THREE_LEVELS
 from train.samples import NOISES
-from train.settings import SMALL, Config
+from train.settings import Config
 from train.sources import open_source
 from train.state import EMA
 
@@ -53,13 +54,7 @@ Goal = Callable[..., Objective]
 PAINTED = 1  # seed of the pairs and noises; those of `atelier evaluate` are 0
 RESULTS = Path(__file__).parent / "results"
 EVERYWHERE = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
-UNET = replace(
-    SMALL,
-    block_out_channels=(48, 96, 160),
-    norm_num_groups=8,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-)
+UNET = replace(THREE_LEVELS, block_out_channels=(48, 96, 160), norm_num_groups=8)
 
 
 @dataclass(frozen=True)

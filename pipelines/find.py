@@ -6,7 +6,6 @@ from pathlib import Path
 from pipelines.files import newest
 
 BUNDLED = Path(__file__).parent / "bundled"
-STUDENT = BUNDLED / "student"
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"  # diffusers' names
 
 

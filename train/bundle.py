@@ -16,7 +16,7 @@ import tyro
 from safetensors.torch import save_file
 
 from pipelines.files import newest, read_json, read_tensors, read_weights
-from pipelines.find import BUNDLED, LORA, STUDENT
+from pipelines.find import BUNDLED, LORA
 from pipelines.folder import load_model, save_model
 from pipelines.quantized import quantize
 from train.clip_model import CONFIG, WEIGHTS
@@ -53,9 +53,9 @@ def main(config: Config) -> None:
     save_file(quantize(weights), aside / "clip" / f"{stem}.int8.safetensors")
     if student:
         tensors, header = student
-        (aside / STUDENT.name).mkdir()
+        (aside / "student").mkdir()
         halved = {name: tensor.half() for name, tensor in tensors.items()}
-        save_file(halved, aside / STUDENT.name / LORA, metadata=header)
+        save_file(halved, aside / "student" / LORA, metadata=header)
     if (config.out / "README.md").is_file():
         shutil.copy(config.out / "README.md", aside)
     files = [file for file in aside.rglob("*") if file.is_file()]
