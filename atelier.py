@@ -259,7 +259,8 @@ class Evaluate:
     samples: int | None = None
     """How many; by default all of a folder, of a model 10,000, on a CPU 1,000."""
     template: str = ""
-    """Makes the captions of the reference's columns or fields, such as "a photo of {label}"."""
+    """Makes the captions of the reference's columns or fields, such as "a photo of {label}"; with a judge of classes
+    the prompts of their names."""
     lora: tuple[str, ...] = ()
     """LoRAs that are merged into the model, as of `paint`."""
     lora_weight: tuple[float, ...] = (1.0,)
@@ -299,26 +300,32 @@ class Evaluate:
                     "--metrics accuracy has a judge's verdict, and --samples is how many"
                 )
             from train.measure import Measuring, measure
-            from train.samples import Painting
+            from train.samples import Painting, is_model
 
+            said = [name for name in ("steps", "guidance", "sampler") if getattr(self, name) is not None]
+            if said and not is_model(self.model):
+                raise ValueError(f"--{said[0]} is for a model that paints, and {self.model} is a folder of pictures")
             painting = Painting(self.steps, self.guidance, self.sampler, self.seed, self.batch)
             same = {name: value for name, value in vars(self).items() if name in Measuring.__dataclass_fields__}
             measure(Measuring(painting=painting, **same))
             return
         given = {name for name, value in vars(self).items() if value != getattr(Evaluate, name)}
         used = {"model", "out", "prompts", "judge", "seed", "batch", "cache", "font", "lora", "lora_weight"}
+        classes = False
+        if self.judge:
+            from train.judge import answers_of, evaluate_classes, open_judge
+
+            classes = "object" not in answers_of(open_judge(self.judge))
+            used |= {"template"} if classes else set()
         if stray := given - used:
             raise ValueError(
                 f"--{min(stray).replace('_', '-')} is for a comparison with a reference: give --reference, too"
             )
         asked: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "batch", "lora", "lora_weight")}
         asked["prompts"] = 100 if self.prompts is None else self.prompts
-        if self.judge:
-            from train.judge import answers_of, evaluate_classes, open_judge
-
-            if "object" not in answers_of(open_judge(self.judge)):
-                evaluate_classes(self.model, self.judge, self.out, **asked)
-                return
+        if self.judge and classes:
+            evaluate_classes(self.model, self.judge, self.out, template=self.template, **asked)
+            return
         from train.evaluate import evaluate
 
         options: dict[str, Any] = {name: getattr(self, name) for name in ("font", "judge", "cache")}

@@ -1,14 +1,16 @@
 """CIFAR-10 at equal time: what presets of train/ldm.py reach beside the first of them, the baseline.
 
     python benchmarks/cifar10.py --data cifar10-train.parquet --test cifar10-test.parquet \\
-        --extractor runs/cifar10-recogniser               an hour of training on a core each, side by side
+        --extractor runs/cifar10-recogniser               an hour of training on a core each, side by side; the painting
+                                                          after it takes longer: the baseline needs 50 guided steps
     python benchmarks/cifar10.py … --extractor inception  the FID, where the reader has, or may fetch, those weights
     python benchmarks/cifar10.py … --minutes 0 --updates 250000 100000 250000 250000 --samples 10000 --seeds 0 1 2 \\
         --sides cifar10 cifar10-fast cifar10-unconditional cifar10-without-attention     on a GPU, for days
 
 Each side's rate is measured first, all sides at once; it then gets the updates that fill --minutes at that rate
 (--minutes 0: those of --updates, or of its preset), so that its learning rate ends when the time does. The sides train
-together, each in a process of one thread on a core of its own; where there is one core, or a GPU, one after the other.
+together, each in a process of one thread on a core of its own, with equally busy neighbours: by the clock as many at a
+time as there are cores; where there is one core, or a GPU, one after the other. All compute in --precision.
 Time is that of the updates: what all do beside them (checkpoints, validation, a sample, decoding the data set once) is
 left out; an autoencoder's own training and encoding with it count, --autoencoder says what they took. A text encoder,
 which says ten captions once, costs nothing. Arithmetic is that of all matrix products and convolutions of an update,
@@ -39,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from benchmarks.curves import DISTANCES, plot, said, sheet, verdicts
-from benchmarks.machine import described
+from benchmarks.machine import described, needs
 from benchmarks.timed import calibrate, learn, places, together
+from train.launch import MixedPrecision
 
 EIGHTHS = (1, 2, 4, 6, 8)  # of the training, after which samples are measured
 CALIBRATION = 90.0  # seconds of training from which a rate is taken
@@ -57,6 +60,7 @@ class Options:
     extractor: str  # as of `atelier evaluate`: a run of train/recogniser.py, inception, inception:FILE …
     sides: tuple[str, ...] = ("cifar10", "cifar10-fast")  # presets of train/ldm.py, the baseline first
     minutes: float = 60.0  # of training; 0: as many updates as the preset has
+    precision: MixedPrecision = "bf16"  # of all sides
     updates: tuple[int, ...] = ()  # of each side, instead of --minutes
     samples: int = 500  # of every checkpoint that is measured
     seeds: tuple[int, ...] = (0,)  # of the samples in the end; the first one's make the curves
@@ -114,6 +118,8 @@ def prepare(options: Options) -> dict[str, str]:
     folder = (options.work / f"data-{digest(*known, options.template)[:8]}").resolve()
     order = permutation(len(given), SEED, -1).tolist()
     held = len(order) // 5
+    if options.samples > len(order) - held:
+        raise ValueError(f"--samples {options.samples}: expected at most {len(order) - held}, the training pictures")
     parts = {"test": (test, range(len(test))), "train": (given, order[held:]), "validation": (given, order[:held])}
     files = {name: folder / f"{name}.parquet" for name in parts}
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,8 +135,6 @@ def prepare(options: Options) -> dict[str, str]:
         features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
         with written_aside(files[name]) as partial:
             datasets.Dataset.from_dict(table, features=features).to_parquet(str(partial))
-    if not 2 <= options.samples <= len(order) - held:
-        raise ValueError(f"--samples {options.samples}: expected 2 to {len(order) - held}, the training pictures")
     real = folder / f"real-{options.samples}"
     if not (real / "metadata.jsonl").is_file():
         real.mkdir(exist_ok=True)
@@ -142,13 +146,13 @@ def prepare(options: Options) -> dict[str, str]:
     return {name: str(path) for name, path in (files | {"real": real}).items()}
 
 
-def sides_of(options: Options, train: str, where: Sequence[int | None]) -> list[Side]:
-    """Each with its updates, a multiple of 8; a rate that was measured stays what it was."""
-    from train.data import written_aside
-    from train.pictures import digest
+def check(options: Options, places: int) -> None:
+    """ValueError for what would be found out only after hours."""
+    from train.extractors import open_extractor
+    from train.measure import FEWEST
     from train.presets import PRESETS
-    from train.sources import first_captions, open_source
 
+    needs("matplotlib")
     if (unknown := set(options.sides) - set(PRESETS)) or not options.sides or options.minutes < 0:
         raise ValueError(
             f"--sides {' '.join(options.sides)}, --minutes {options.minutes:g}: expected at least 0 minutes, and "
@@ -160,23 +164,43 @@ def sides_of(options: Options, train: str, where: Sequence[int | None]) -> list[
         raise ValueError(
             f"--updates {' '.join(map(str, options.updates))}: expected --minutes 0, and a number for each of --sides"
         )
+    if options.minutes and len(options.sides) % places:
+        raise ValueError(
+            f"{len(options.sides)} --sides on {places} cores: the last ones would train with idle neighbours, and make "
+            f"more of their time. Expected a multiple of {places}, or --minutes 0"
+        )
+    latent = [name for name in options.sides if PRESETS[name].vae not in ("none", "grey")]
+    if latent and options.autoencoder is None:
+        raise ValueError(
+            f"--sides {latent[0]} paints in latents: give --autoencoder MINUTES TFLOP, of its autoencoder's training "
+            "and of encoding the pictures, which count"
+        )
+    if options.samples < FEWEST["kid"]:
+        raise ValueError(f"--samples {options.samples}: expected {FEWEST['kid']} or more")
+    open_extractor(options.extractor)
+
+
+def sides_of(options: Options, train: str, where: Sequence[int | None]) -> list[Side]:
+    """Each with its updates, a multiple of 8; a rate that was measured stays what it was."""
+    from train.data import written_aside
+    from train.pictures import digest
+    from train.presets import PRESETS
+    from train.sources import first_captions, open_source
+
     caption = min(first_captions(open_source(train, 32)))
     sides, jobs = [], {}
     for i, name in enumerate(options.sides):
-        config = replace(PRESETS[name], data=train, template="", workers=0, keep=20)
+        config = replace(PRESETS[name], data=train, template="", workers=0, keep=20, mixed_precision=options.precision)
         if options.updates:
             config = replace(config, updates=options.updates[i])
         config = replace(config, prompts=("" if config.text_encoder == "none" else caption,))
-        folder = options.work / f"{name}-{options.minutes:g}-{digest(repr(config))[:8]}"
+        beside = options.sides if options.minutes else ()  # whose rates were measured together
+        folder = options.work / f"{name}-{options.minutes:g}-{digest(repr(config), *beside)[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
         config = replace(config, output=folder / "run", cache=options.work / "cache")
         spent = (0.0, 0.0)
         if config.vae not in ("none", "grey"):
-            if options.autoencoder is None:
-                raise ValueError(
-                    f"--sides {name} paints in latents: give --autoencoder MINUTES TFLOP, of its autoencoder's "
-                    "training and of encoding the pictures, which count"
-                )
+            assert options.autoencoder, "check asks for it"
             spent = options.autoencoder
         sides.append(Side(name, config, folder, spent[0], 1000 * spent[1]))
         if options.minutes and not (folder / "rate.json").is_file():
@@ -217,7 +241,9 @@ def judge(
     judges = json.loads(config.read_text()) if config.is_file() else {}
     answers = dict(judges["tasks"]) if judges.get("_class_name") == "Recogniser" else {}
     asked = set().union(*(first_captions(open_source(reference, 32)) for reference in references.values()))
-    says = set(answers) == {"class"} and asked <= set(answers["class"])  # other words are none of its classes
+    says = set(answers) == {"class"} and asked <= set(answers["class"])
+    if answers and not says:
+        print(f"no accuracy: captions such as {min(asked)!r} are none of the classes of {options.extractor}")
     if is_model(model):
         pipe = TextToImagePipeline.from_pretrained(model)
         pipe.set_progress_bar_config(disable=True)
@@ -280,6 +306,7 @@ def said_of(found: dict[int, dict[str, Any] | None]) -> Iterator[tuple[int, str,
 def main(options: Options) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the processes
     where, logs = places(), options.work / "logs"
+    check(options, len(where))
     data = prepare(options)
     references = {name: data[name] for name in ("test", "train", "validation")}
     real = (judge, options, data["real"], references, Path(data["train"]).parent / f"real-{options.samples}-judged")

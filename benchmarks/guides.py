@@ -19,7 +19,7 @@ import tyro
 
 import pipelines.text_to_image
 from benchmarks.leads import RESULTS, painted, results_before, write_aside
-from benchmarks.machine import described
+from benchmarks.machine import described, needs
 from ldm.denoiser import Context, Denoise, Denoiser
 from ldm.guidance import autoguided, classifier_free
 from pipelines import TextToImagePipeline
@@ -77,6 +77,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main(options: Options) -> list[dict[str, Any]]:
+    needs("matplotlib")
     pipe = TextToImagePipeline.from_pretrained(options.model)
     weaker = load_model(options.weaker, device=pipe.device, dtype=pipe.dtype) if options.weaker else None
     everywhere = (0.0, float("inf"))

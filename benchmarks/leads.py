@@ -7,9 +7,9 @@ objects every time, with one thing changed: a setting, or the latents (`--vaes r
 judge finds right (objects, styles) in samples of pairs trained on and held out, the Fréchet distance of all these to
 fresh drawings in the judge's features, the validation error by noise level, what the autoencoder loses, and the
 training's time beside the base's. "seed" is the base once more: differences that are not larger than its own say
-nothing. What the project has no flag for is changed here. The pairs and their noise are others than those `atelier
-evaluate` asks for by default: what is chosen here can be measured there. What is finished is kept in --work, and --out
-grows lead by lead.
+nothing (it also holds out other pictures for its validation errors, as leads in other latents do of another kind). What
+the project has no flag for is changed here. Held-out pairs are the half of them that `atelier evaluate` leaves alone:
+what is chosen here can be measured there. What is finished is kept in --work, and --out grows lead by lead.
 """
 
 import json
@@ -29,11 +29,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import train.ldm
-from benchmarks.machine import described
+from benchmarks.machine import described, needs
 from pipelines import TextToImagePipeline
 from pipelines.files import newest
 from pipelines.find import find_model
@@ -42,9 +41,9 @@ from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge
 from train.extractors import open_extractor
 from train.metrics import Moments, frechet_distance
 from train.objective import Objective, denoising
-from train.pictograms import captions, chosen, objects_of
+from train.pictograms import Row, captions, chosen, objects_of
 from train.pictures import digest
-from train.presets import THREE_LEVELS
+from train.presets import PRESETS, THREE_LEVELS
 from train.samples import NOISES
 from train.settings import Config
 from train.sources import open_source
@@ -102,6 +101,8 @@ def soft_min_snr(_: Options) -> Iterator[Goal]:
 @contextmanager
 def immiscible(_: Options) -> Iterator[Goal]:
     """The noises of a batch go to the pictures that they are nearest to, as an assignment (arXiv:2406.12303)."""
+    from scipy.optimize import linear_sum_assignment
+
     draw = train.ldm.draw_batch
 
     def assigned(*given: Any, **named: Any) -> Any:
@@ -183,8 +184,9 @@ class Lead:
     twist: Callable[[Options], Any] = as_it_is
 
 
+RECIPE = PRESETS["bundled"]
 LEADS = {
-    "base": Lead("Muon 3e-3, v on Stable Diffusion's betas, log-normal noise about 1.1 ± 1.4, no attention at 16×16"),
+    "base": Lead("the bundled model's: Muon 3e-3, v, log-normal noise about 0.7 ± 1.5, no attention at 16×16"),
     "seed": Lead("the base with another seed", {"seed": 1}),
     "muon-2e-3": Lead("Muon at 2e-3", {"learning_rate": 2e-3}),
     "muon-5e-3": Lead("Muon at 5e-3", {"learning_rate": 5e-3}),
@@ -193,8 +195,8 @@ LEADS = {
         "attention at 16×16, too",
         {"unet": replace(UNET, down_block_types=EVERYWHERE[0], up_block_types=EVERYWHERE[1])},
     ),
-    "noise-0.4": Lead("noise about 0.4", {"noise_mean": 0.4}),
-    "noise-1.8": Lead("noise about 1.8", {"noise_mean": 1.8}),
+    "noise-0": Lead("noise about 0", {"noise_mean": 0.0}),
+    "noise-1.4": Lead("noise about 1.4", {"noise_mean": 1.4}),
     "uniform": Lead("rows of the table, evenly", {"noise": "uniform", "noise_mean": None, "noise_std": None}),
     "flow": Lead("straight paths, velocity", {"path": "flow", "prediction": "velocity"}),
     "min-snr": Lead("min-SNR, 5", {"weight": "min_snr"}),
@@ -217,21 +219,19 @@ def data_of(options: Options) -> str:
 
 
 def config_of(name: str, options: Options) -> Config:
-    base = Config(
+    base = replace(
+        RECIPE,
         data=data_of(options),
         vae=options.vae,
         text_encoder=options.clip,
         unet=UNET,
         size=options.size,
+        views=1,
         updates=options.updates,
         batch_size=options.batch,
-        learning_rate=3e-3,
         warmup=100,
         ema_decay=0.99,
-        noise_mean=1.1,
-        noise_std=1.4,
         checkpoint_every=options.updates,
-        mixed_precision="bf16",
         keep=1,
     )
     config = replace(base, **recipes(options)[name].changes)
@@ -300,6 +300,18 @@ def results_before(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return before["rows"]
 
 
+def asked_rows(prompts: int, objects: tuple[str, ...]) -> dict[str, list[Row]]:
+    """What is asked for, by split; ValueError where one has no pairs."""
+    splits = ("train", "held_out")
+    rows = {split: draw_rows(split, prompts, objects, PAINTED, None, choosing=True) for split in splits}
+    for split, some in rows.items():
+        if not some:
+            raise ValueError(
+                f"of {len(objects)} objects no {split.replace('_', '-')} pair is left to ask for: take more"
+            )
+    return rows
+
+
 def painted(pipe: TextToImagePipeline, where: Path, prompts: int, **call: Any) -> dict[str, float]:
     """What the judge says of samples: shares of right objects and styles, a Fréchet distance to fresh drawings.
 
@@ -310,8 +322,8 @@ def painted(pipe: TextToImagePipeline, where: Path, prompts: int, **call: Any) -
     judge, extractor = open_pictogram_judge(where, objects), open_extractor(str(where))
     found: dict[str, float] = {}
     images, drawn, first = [], [], PAINTED * NOISES
-    for split in ("train", "held_out"):
-        rows = draw_rows(split, prompts, objects, PAINTED, None)
+    for split, rows in asked_rows(prompts, objects).items():
+        found |= {f"{split}_prompts": len(rows), f"{split}_pairs": len({row[:2] for row in rows})}
         asked = [captions(*row[:3])[0] for row in rows]
         mine = []
         for i in range(0, len(asked), 50):
@@ -356,7 +368,11 @@ def main(options: Options) -> None:
         raise ValueError(f"no lead {min(unknown)!r}: there are {', '.join(known)}")
     settings: dict[str, Any] = {key: getattr(options, key) for key in ("every", "updates", "batch", "prompts", "size")}
     settings |= {"vae": weights_of(options.vae)[:16], "clip": weights_of(options.clip)[:16]}
-    settings["judge"] = open_extractor(str(options.judge)).digest  # before the hours of training
+    needs("matplotlib", "scipy")
+    objects = objects_of(data_of(options))  # what would be found out after hours of training is asked before
+    asked_rows(options.prompts, objects)
+    open_pictogram_judge(options.judge, objects)
+    settings["judge"] = open_extractor(str(options.judge)).digest
     rows = {row["lead"]: row for row in results_before(options.out, settings)}
     for name in dict.fromkeys(("base", *(options.leads or known))):
         if name not in rows:

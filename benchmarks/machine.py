@@ -2,9 +2,16 @@
 
 import os
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+
+def needs(*packages: str) -> None:
+    """ValueError for packages that a benchmark would miss hours later."""
+    if missing := [name for name in packages if not find_spec(name)]:
+        raise ValueError(f"this needs {' and '.join(missing)}: pip install -e '.[benchmarks]'")
 
 
 def described() -> str:

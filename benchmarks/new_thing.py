@@ -1,12 +1,13 @@
 """Teaches the bundled model something new from 20 pictures, and asks for it, and for the old, before and after:
 
-    python benchmarks/new_thing.py
+    python benchmarks/new_thing.py --judge runs/pictograms-recogniser
 
 Draws 20 pictures of an object that the model was never shown, plain and in three styles, with captions of one's own
 ("an oil painting of zog the dragon on a red background"); runs `accelerate launch train/ldm.py` on the folder as a user
 would; then asks for it in the combinations of style and ground that are not among the 20, two styles it was never seen
 in included, and for old objects. A sample is right when, of all objects painted by the data's own code in that style on
-that ground, its own is the nearest (train/evaluate.py). Writes OUT.json, and a sheet of pictures as OUT.png.
+that ground, its own is the nearest (train/evaluate.py); whether the style is the one asked for, the judge says, which
+was shown other objects only. Writes OUT.json, and a sheet of pictures as OUT.png.
 """
 
 import json
@@ -26,9 +27,11 @@ from PIL import Image
 
 from benchmarks.machine import described
 from pipelines import TextToImagePipeline
-from train.evaluate import draw_rows, nearest
+from train.evaluate import draw_rows, nearest, open_pictogram_judge
 from train.grid import grid
+from train.judge import answers_of, verdicts
 from train.pictograms import GROUNDS, STYLES, Row, captions, chosen, paint
+from train.recogniser import Recogniser
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = {  # the grounds of the 20 pictures, by style
@@ -41,6 +44,7 @@ SHOWN = {  # the grounds of the 20 pictures, by style
 
 @dataclass(frozen=True)
 class Options:
+    judge: Path  # a run of train/recogniser.py --preset pictograms
     model: str = "bundled"
     object: str = "dragon"  # in train/objects.csv, but not among those that the model knows
     name: str = "zog the dragon"  # as captions call it
@@ -94,13 +98,23 @@ def share(images: list[Image.Image], rows: list[Row], objects: tuple[str, ...]) 
     return sum(found) / len(found)
 
 
+def style_share(judge: Recogniser, images: list[Image.Image], rows: list[Row]) -> float:
+    """Of the pictures that are in the style asked for."""
+    names = [task for task, _ in judge.config.tasks]
+    styles = answers_of(judge)["style"]
+    found = [styles[i] for i in verdicts(judge, images, names.index("style")).tolist()]
+    return sum(style == row.style for style, row in zip(found, rows, strict=True)) / len(rows)
+
+
 def ask(options: Options, model: str, rows: list[Row], known: tuple[str, ...]) -> tuple[dict[str, Any], list, list]:
     """The shares of right samples, and of some the pictures and their prompts."""
+    judge = open_pictogram_judge(options.judge, known)
     pipe = TextToImagePipeline.from_pretrained(model)
     objects = (*known, options.object)
     prompts = [caption(options, row.style, row.ground) for row in rows]
     images = asked(pipe, prompts)
     found: dict[str, Any] = {"new": share(images, rows, objects), "new_prompts": len(rows)}
+    found["new_style"] = style_share(judge, images, rows)
     for style in dict.fromkeys(row.style for row in rows):
         of_style = [i for i, row in enumerate(rows) if row.style == style]
         found[f"new_{style}"] = share([images[i] for i in of_style], [rows[i] for i in of_style], objects)
@@ -111,6 +125,7 @@ def ask(options: Options, model: str, rows: list[Row], known: tuple[str, ...]) -
         prompts = [captions(*row[:3])[0] for row in rows]
         images = asked(pipe, prompts)
         found[f"old_{split}"], found[f"old_{split}_prompts"] = share(images, rows, objects), len(rows)
+        found[f"old_{split}_style"] = style_share(judge, images, rows)
         if split == "train":
             shown, said = shown + images[:8], said + prompts[:8]
     return found, shown, said
@@ -120,19 +135,24 @@ def main(options: Options) -> dict[str, Any]:
     known = chosen()
     if options.object in known:
         raise ValueError(f"--object {options.object}: the bundled model knows it; take one that is not everyday")
+    if options.old < 2:
+        raise ValueError(f"--old {options.old}: expected at least 2")
+    open_pictogram_judge(options.judge, known)
     last = max((int(folder.name) for folder in options.work.glob("[0-9][0-9][0-9]")), default=-1)
     options = replace(options, work=options.work / f"{last + 1:03d}")  # a new one: the time is that of a whole training
     images = draw(options)
     sheet, said = images[:8], [caption(options, "plain", ground) for ground in SHOWN["plain"]]
     result: dict[str, Any] = {"object": options.object, "pictures": len(images), "flags": options.flags}
-    result |= {"seconds": tune(options), "machine": described(), "cores": os.cpu_count()}
+    result |= {"machine": described(), "cores": os.cpu_count()}
     rows = unseen(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for when, model in {"before": options.model, "after": str(options.work / "run")}.items():
+        if when == "after":
+            result["seconds"] = tune(options)
         result[when], pictures, prompts = ask(options, model, rows, known)
         sheet, said = sheet + pictures, said + prompts
         print(f"{when}:", ", ".join(f"{k} {v:.1%}" for k, v in result[when].items() if not k.endswith("prompts")))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+        options.out.write_text(json.dumps(result, indent=2) + "\n")  # at once: what comes next may fail
     grid(sheet, said, columns=8).save(options.out.with_suffix(".png"))
     print(f"{result['seconds'] / 60:.1f} minutes of training; figures and pictures in {options.out} and .png")
     return result

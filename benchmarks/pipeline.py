@@ -1,9 +1,10 @@
 """Atelier against diffusers on the same model folder, in one run:  python benchmarks/pipeline.py [--model FOLDER]
 
-Three figures a side: from process start to the first picture on the disk (fresh processes, taken in turns), the same
-picture warm, and a batch of 8. Same prompt, same number of DPM++ 2M steps, same guidance, float32 on a CPU and bfloat16
-on a GPU. Without --model the peer of the design is built with random weights: a U-Net of 64, 128, 192 channels on
-16×16×4 latents, a CLIP text encoder of 4 layers, a KL-f8 autoencoder of 3.9 M parameters.
+Three figures a side, all taken in turns: from process start to the first picture on the disk, in fresh processes; the
+same picture warm, and a batch of 8, in a process of each side that waits while the other paints. Same prompt, same
+number of DPM++ 2M steps, same guidance, float32 on a CPU and bfloat16 on a GPU. Without --model the peer of the design
+is built with random weights: a U-Net of 64, 128, 192 channels on 16×16×4 latents, a CLIP text encoder of 4 layers, a
+KL-f8 autoencoder of 3.4 M parameters.
 """
 
 import json
@@ -23,7 +24,7 @@ from benchmarks.machine import described
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "an oil painting of a fox"
-# What a side does, given folder, steps, device and repeats: one picture, then warm ones, then batches of 8.
+# What a side does, given folder, steps and device: one picture; or as many at once as each line that it reads says.
 OURS = """
 import sys, time; sys.path.insert(0, {root!r})
 import torch
@@ -45,12 +46,10 @@ def paint(n): return pipe([{prompt!r}] * n, num_inference_steps={steps}, guidanc
 """
 COLD = "paint(1)[0].save({out!r})\n"
 WARM = """
-import json
 paint(1); paint(8)
-def timed(n):
-    began = time.perf_counter(); paint(n); return time.perf_counter() - began
-warm, batch = [timed(1) for _ in range({repeats})], [timed(8) for _ in range(max(1, {repeats} // 2))]
-print(json.dumps({{"warm": warm, "batch": batch}}))
+print("ready", flush=True)
+for line in sys.stdin:
+    began = time.perf_counter(); paint(int(line)); print(time.perf_counter() - began, flush=True)
 """
 
 
@@ -60,7 +59,7 @@ class Config:
 
     model: Path | None = None  # a Stable Diffusion folder; by default the peer of the design, with random weights
     steps: int = 20
-    repeats: int = 5
+    repeats: int = 9  # of each figure
     device: str = "cpu"
     out: Path | None = None  # JSON with the figures
 
@@ -108,14 +107,40 @@ def random_peer(folder: Path) -> Path:
     return folder
 
 
-def run(script: str) -> tuple[float, str]:
-    """(seconds from process start to its end, its last line)."""
+def cold(script: str) -> float:
+    """Seconds from process start to its end."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tempfile.gettempdir())
     seconds = time.perf_counter() - began
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    return seconds, done.stdout.strip().rpartition("\n")[2]
+    return seconds
+
+
+class Warm:
+    """A process that paints when it is told to."""
+
+    def __init__(self, script: str):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tempfile.gettempdir()}
+        self.process = subprocess.Popen([sys.executable, "-c", script], **pipes)  # type: ignore[call-overload]
+        self._answer()
+
+    def seconds(self, pictures: int) -> float:
+        self.process.stdin.write(f"{pictures}\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        line = self.process.stdout.readline()
+        while line and not line.startswith(("ready", *"0123456789")):  # what libraries print
+            line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"a side ended with exit status {self.process.wait()}: what it said is above")
+        return line
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def main(config: Config) -> None:
@@ -128,16 +153,21 @@ def main(config: Config) -> None:
             "dtype": "torch.float32" if config.device == "cpu" else "torch.bfloat16",
             "prompt": PROMPT,
             "steps": config.steps,
-            "repeats": config.repeats,
             "out": str(Path(scratch) / "picture.png"),
         }
         sides = {"atelier": OURS, "diffusers": THEIRS}
-        figures: dict[str, dict[str, list[float]]] = {name: {"cold": []} for name in sides}
-        for _ in range(max(2, config.repeats // 2)):
+        kinds = ("cold", "warm", "batch")
+        figures: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in sides}
+        for _ in range(config.repeats):
             for name, script in sides.items():  # in turns, so that a busy minute hits both
-                figures[name]["cold"].append(run((script + COLD).format(**values))[0])
-        for name, script in sides.items():
-            figures[name] |= json.loads(run((script + WARM).format(**values))[1])
+                figures[name]["cold"].append(cold((script + COLD).format(**values)))
+        waiting = {name: Warm((script + WARM).format(**values)) for name, script in sides.items()}
+        for kind, pictures in (("warm", 1), ("batch", 8)):
+            for _ in range(config.repeats):
+                for name, side in waiting.items():
+                    figures[name][kind].append(side.seconds(pictures))
+        for side in waiting.values():
+            side.end()
     medians = {name: {k: statistics.median(v) for k, v in side.items()} for name, side in figures.items()}
     print(f"{described()}, {config.device}, {config.steps} steps, medians in seconds")
     print(f"{'':<28}{'atelier':>10}{'diffusers':>11}{'ratio':>8}")

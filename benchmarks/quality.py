@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from benchmarks.curves import DISTANCES
-from benchmarks.machine import described
+from benchmarks.machine import described, needs
 
 RESULTS = Path(__file__).parent / "results"
 LABELS = {
@@ -128,6 +127,12 @@ def pictures_seen(folder: Path) -> int | None:
     return int(state["update"]) * int(state.get("global_batch", 0)) or None
 
 
+def is_asked(metric: str, metrics: str) -> bool:
+    """Whether a number of `train.measure`, which has names of its own on other features, is one of --metrics."""
+    name = {"frechet": "fid", "kernel": "kid"}.get(metric, metric.rpartition(" ")[2])
+    return name in metrics.replace(" ", "").split(",")
+
+
 def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
     """A row for each point, seed and metric: after each point, all of them so far."""
     from pipelines.files import checkpoints, newest
@@ -148,7 +153,8 @@ def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
             about |= asdict(point) | {"evaluations": count_evaluations(pipe, point)}
             for seed in options.seeds:
                 painting = Painting(point.steps, point.guidance, point.sampler, seed, options.batch)
-                name = digest(model_digest(pipe), options.reference, options.template, repr(painting))
+                known = (model_digest(pipe), repr(pipe.model.defaults), options.reference, options.template)
+                name = digest(*known, repr(painting))
                 how = Measuring(
                     model,
                     options.reference,
@@ -165,7 +171,8 @@ def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
                 about |= {name: result["painted"][name] for name in ("steps", "guidance")}  # the model's own, too
                 common = {"samples": result["samples"], "extractor": result["extractor"]["hash"]}
                 common["reference"] = result["reference"]["hash"]
-                for found in result["metrics"]:
+                asked = [one for one in result["metrics"] if is_asked(one["metric"], options.metrics)]
+                for found in asked:  # and not what an earlier call asked for, too
                     numbers = {"metric": found["metric"], "name": found["name"], "value": found["value"]}
                     rows.append(about | {"seed": seed} | numbers | common)
             yield rows
@@ -185,8 +192,7 @@ def check(options: Options) -> None:
         raise ValueError("expected one model and one seed at least: quality.py CURVE MODEL… --reference … --seeds 0")
     if "bpd" in options.metrics.replace(" ", "").split(","):
         raise ValueError("--metrics bpd hangs on no sampler, steps or guidance: atelier evaluate MODEL --metrics bpd")
-    if not find_spec("matplotlib"):
-        raise ValueError("the plot needs matplotlib: pip install matplotlib")
+    needs("matplotlib")
 
 
 def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:

@@ -169,7 +169,8 @@ def _work(function: Callable[..., Any], arguments: tuple, core: int | None, log:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: nothing is left behind by a benchmark that ends
     if core is not None:
-        os.sched_setaffinity(0, {core})  # of which train.launch takes as many threads
+        os.sched_setaffinity(0, {core})
+        os.environ["OMP_NUM_THREADS"] = "1"  # whatever the shell says
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -3,8 +3,9 @@
 The levels from the largest to 0 are cut into as many segments as the student shall have steps. Along the teacher's
 probability-flow path the student's own Euler step to the end b of the segment, D + b / sigma (x - D), shall arrive at
 the same point from everywhere in the segment (Heek, Hoogeboom & Salimans, "Multistep consistency models",
-arXiv:2403.06807, algorithm 2). With one segment that is consistency distillation (Song et al., arXiv:2303.01469); the
-more segments, the nearer to the teacher. The sampler is `euler` over the ends of the segments, which is DDIM.
+arXiv:2403.06807, algorithm 1). With one segment that is consistency distillation (Song et al., arXiv:2303.01469); the
+more segments, the nearer to the teacher. The sampler is `euler` over the ends of the segments, which is DDIM. Unlike
+the paper's, the loss is the square of the distance, the teacher's steps are plain DDIM and always as many.
 """
 
 from collections.abc import Callable

@@ -255,7 +255,8 @@ class Sampler:
         The default is the scheduler's own on a table of betas, but "trailing" instead of "leading" where the table
         ends in pure noise, which leading steps never visit (arXiv:2305.08891, section 3.3). On the flow t is spaced
         evenly, from 1 to 1/1000 as in FlowMatchEulerDiscreteScheduler, for DPM++ and UniPC to 1/steps as with their
-        use_flow_sigmas. For EDM it is Karras. A sampler whose own grid is a ramp takes that everywhere.
+        use_flow_sigmas. For EDM it is Karras; "trailing" is that without the lowest level, from which a step of its own
+        would hardly change a picture. A sampler whose own grid is a ramp takes that everywhere.
 
         Args:
             spacing, offset, final: as in Grid; a model folder's scheduler config may name them.
@@ -264,6 +265,8 @@ class Sampler:
         if spacing in RAMPS:
             spacing, ramp = None, spacing
         grid, own_ramp = self.grid, self.grid.spacing in RAMPS
+        if schedule.entries == 0 and spacing == "trailing":
+            return Grid(ramp or "karras", extra=1, final=final or "zero")
         if schedule.entries == 0:
             return Grid(ramp or spacing or (grid.spacing if own_ramp else "karras"), final=final or "zero")
         if isinstance(schedule, RectifiedFlow) and not own_ramp:
@@ -278,7 +281,7 @@ class Sampler:
         )
         if ramp is None:
             return grid
-        return replace(grid, spacing=ramp, span=grid.spacing if self.euler_family else "table")
+        return replace(grid, spacing=ramp, extra=0, span=grid.spacing if self.euler_family else "table")
 
     def initial_scale(self, grid: Grid, sigma: Tensor | float) -> float:
         """What unit-normal latents are multiplied by to start at noise level sigma.

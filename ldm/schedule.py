@@ -239,7 +239,7 @@ class Grid:
             or "karras" (rho = 7, arXiv:2206.00364, equation 5) or "exponential" (even in log sigma) between two levels.
         offset: rows added to every leading step (diffusers' steps_offset).
         final: where the last step ends: "zero", or "sigma_min", the schedule's lowest level.
-        extra: 1 to space steps + 1 points and drop the last (DPM++), else 0.
+        extra: 1 to space steps + 1 points, or levels of a ramp, and drop the last (DPM++), else 0.
         whole: round linspace to whole rows.
         span: between which levels a ramp runs: those of the whole "table", or of the first and last step of a spacing.
     """
@@ -318,8 +318,9 @@ def _ramp(schedule: NoiseSchedule, steps: int, grid: Grid) -> Tensor:
         ends = schedule.entry(_rows(schedule, steps, grid, grid.span)[[0, -1]])
         top, bottom = float(ends[0]), float(ends[1])
     if top >= SIGMA_INFINITY and steps > 1:
-        return torch.cat([torch.tensor([top], dtype=torch.float64), _between(80.0, bottom, steps - 1, grid.spacing)])
-    return _between(top, bottom, steps, grid.spacing)
+        ramp = _between(80.0, bottom, steps - 1 + grid.extra, grid.spacing)[: steps - 1]
+        return torch.cat([torch.tensor([top], dtype=torch.float64), ramp])
+    return _between(top, bottom, steps + grid.extra, grid.spacing)[:steps]
 
 
 def _between(top: float, bottom: float, steps: int, ramp: str) -> Tensor:

@@ -52,6 +52,7 @@ def options(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch)
     places = {key: str(tmp_path / name) for key, name in (("data", "train.parquet"), ("test", "test.parquet"))}
     places["extractor"] = str(tmp_path / "recogniser")
     few: dict[str, Any] = {"sides": ("slow", "quick"), "minutes": 0.0, "samples": 6, "batch": 4, "seeds": (5, 6)}
+    few["precision"] = "no"
     return cifar10.Options(**places, **few, out=tmp_path / "found", work=tmp_path / "work")
 
 
@@ -164,15 +165,41 @@ def test_a_rate_gives_updates_that_fill_the_time_and_stays(options: Any, monkeyp
     assert asked == ["calibrating slow", "calibrating quick"]
     with pytest.raises(ValueError, match="leave no 8 updates to slow"):
         cifar10.sides_of(replace(options, minutes=0.001), data, [None])
-    with pytest.raises(ValueError, match="not slowest"):
-        cifar10.sides_of(replace(options, sides=("slowest",)), data, [None])
     monkeypatch.setitem(PRESETS, "latent", replace(PRESETS["quick"], vae="runs/vae"))
     latent = replace(options, sides=("latent",), minutes=2)
-    with pytest.raises(ValueError, match="--autoencoder MINUTES TFLOP"):
-        cifar10.sides_of(latent, data, [None])
     (counted,) = cifar10.sides_of(replace(latent, autoencoder=(1.0, 3.0)), data, [None])
     assert counted.config.updates == 8 * round(60 * 10 / 4 / 8)
     assert (counted.minutes, counted.gflop) == (1.0, 3000.0)
+    alone = cifar10.sides_of(replace(options, sides=("slow",), minutes=2), data, [None])
+    assert asked[-1] == "calibrating slow"  # its rate beside another side is another one
+    assert alone[0].folder != sides[0].folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"sides": ("slowest",)}, "not slowest"),
+        ({"sides": ("slow", "slow")}, "expected each once"),
+        ({"updates": (8,)}, "a number for each of --sides"),
+        ({"sides": ("latent",)}, "--autoencoder MINUTES TFLOP"),
+        ({"minutes": 2, "sides": ("slow",)}, "1 --sides on 2 cores: .* a multiple of 2"),
+        ({"samples": 3}, "--samples 3: expected 4 or more"),
+        ({"extractor": "nowhere"}, "'nowhere': expected inception"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_hours(
+    options: Any, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setitem(PRESETS, "latent", replace(PRESETS["quick"], vae="runs/vae"))
+    cifar10.check(options, 2)
+    with pytest.raises(ValueError, match=said):
+        cifar10.check(replace(options, **changed), 2)
+
+
+def test_all_sides_compute_alike(options: Any) -> None:
+    data = cifar10.prepare(options)["train"]
+    sides = cifar10.sides_of(replace(options, precision="bf16"), data, [None])
+    assert [side.config.mixed_precision for side in sides] == ["bf16", "bf16"]
 
 
 def test_data_that_is_not_there_is_named(options: Any) -> None:

@@ -12,19 +12,23 @@ from pipelines.folder import load_model, save_model
 from tests.conftest import tiny_text_encoder
 from tests.test_extractors import CLIP
 from train.bundle import Config, main
-from train.clip_model import load_clip, save_clip
+from train.clip_model import export_text_tower, load_clip, save_clip
 from train.extractors import open_extractor
 
 
 @pytest.fixture(scope="module")
 def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    save_model(load_model(model_folder), runs / "model" / "checkpoint-0000005")
-    torch.manual_seed(0)
     tokenizer = tiny_text_encoder().clip_tokenizer
-    arguments = CLIP | {"text_cfg": {**CLIP["text_cfg"], "vocab_size": len(tokenizer)}}  # type: ignore[dict-item]
-    save_clip(runs / "clip", open_clip.CLIP(**arguments), arguments, tokenizer)
-    channels = load_model(model_folder).unet.conv_in.out_channels
+    text = {**CLIP["text_cfg"], "vocab_size": len(tokenizer), "width": 32}  # type: ignore[dict-item]
+    for name in ("clip", "another"):
+        torch.manual_seed(len(name))
+        clip = open_clip.CLIP(**(arguments := CLIP | {"text_cfg": text}))
+        save_clip(runs / name, clip, arguments, tokenizer)
+    model = load_model(model_folder)
+    model.conditioner = export_text_tower(load_clip(runs / "clip" / "clip").model, tokenizer)
+    save_model(model, runs / "model" / "checkpoint-0000005")
+    channels = model.unet.conv_in.out_channels
     factors = {
         "conv_in.lora_A.weight": torch.randn(2, 4, 3, 3),
         "conv_in.lora_B.weight": torch.randn(channels, 2, 1, 1),
@@ -65,6 +69,8 @@ def test_a_run_that_is_none_is_named_and_nothing_is_lost(runs: Path, tmp_path: P
         main(Config(Path("nowhere"), runs / "clip", None, tmp_path))
     with pytest.raises(ValueError, match="open_clip_config"):
         main(Config(runs / "model", runs / "model", None, tmp_path))
+    with pytest.raises(ValueError, match=r"another is another than the one whose text encoder is in"):
+        main(Config(runs / "model", runs / "another", None, tmp_path))
     with pytest.raises(ValueError, match="pytorch_lora_weights"):
         main(Config(runs / "model", runs / "clip", runs / "clip", tmp_path))
     assert sorted(tmp_path.rglob("*")) == kept

@@ -50,12 +50,13 @@ def drawn(segments: Segments, count: int = 400) -> tuple[Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("substeps", [1, 2, 16])
 def test_cut_steps_meet_the_samplers_own_levels(steps: int, substeps: int) -> None:
     schedule = EDM(0.5)
-    coarse = step_grid(schedule, steps, SAMPLERS["ddim"].grid_for(schedule))
+    coarse = step_grid(schedule, steps, SAMPLERS["ddim"].grid_for(schedule, spacing="trailing"))
     fine = subdivided(coarse, substeps, schedule.sigma_min)
     assert len(fine) == steps * substeps + 1
     torch.testing.assert_close(fine[::substeps], coarse)
     Segments(fine, substeps)  # which asks for decreasing levels that end at 0
     assert float(fine[-2]) >= schedule.sigma_min / 2
+    assert float(coarse[-2]) > 0.1  # each step has something to do
     if substeps > 2:  # as a grid between the same ends is
         a, b = (float(level) for level in fine[[0, substeps]])
         inner = torch.linspace(a ** (1 / 7), (b or schedule.sigma_min) ** (1 / 7), substeps + (b > 0)) ** 7

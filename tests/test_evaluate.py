@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,14 @@ import atelier
 import train.evaluate
 import train.judge
 from pipelines.files import save_network
+from pipelines.folder import Defaults
 from tests.test_drawn import needs_font
-from train.evaluate import InMemory, beside_training, draw_rows, judged, open_pictogram_judge, several
-from train.pictograms import Pictograms, Row, captions, paint
+from train.evaluate import InMemory, beside_training, draw_rows, evaluate, judged, open_pictogram_judge, several
+from train.extractors import open_extractor
+from train.pictograms import STYLES, Pictograms, Row, captions, chosen, paint
 from train.recogniser import Recogniser, RecogniserConfig
+from train.results import joined
+from train.samples import Painting
 from train.sources import Drawn
 
 pytestmark = [pytest.mark.usefixtures("in_process"), needs_font]
@@ -77,6 +82,94 @@ def test_shares_by_task(judge: Path) -> None:
     assert judged(network, images, rows) == {"object": pytest.approx(2 / 3), "style": pytest.approx(2 / 3)}
 
 
+class Altered:
+    """An autoencoder that brings each value nearer to 0 by 0.02 of the 2 between black and white."""
+
+    def encode(self, images: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(mode=images - 0.02 * images.sign())
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
+@pytest.fixture
+def drawing_model(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Instead of a model the data's own code paints, the first picture of each call wrongly; its objects."""
+    objects = tuple(name for name in chosen() if draw_rows("held_out", 1, (name,), 0, None))[:4]
+    rows = {captions(*row[:3])[0]: row for row in Pictograms(32, objects, "all").rows}
+    defaults = Defaults(data=f"pictograms:{','.join(objects)}", size=32)
+    model = SimpleNamespace(defaults=defaults, size=32, vae=Altered())
+    pipe = SimpleNamespace(model=model, device=torch.device("cpu"), dtype=torch.float32)
+
+    def paint_samples(pipe: object, prompts: list[str], folder: Path, how: Painting, *_: object, **__: str) -> InMemory:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "samples.json").write_text(json.dumps({"seed": how.seed}))
+        (folder / "000000.png").touch()
+        wrong = rows[prompts[0]]._replace(object=objects[objects.index(rows[prompts[0]].object) - 1])
+        asked = [wrong, *(rows[prompt] for prompt in prompts[1:])]
+        return InMemory([paint(*row[:3], 32, 900 + i) for i, row in enumerate(asked)], prompts)
+
+    monkeypatch.setattr(train.evaluate, "open_painter", lambda *_: pipe)
+    monkeypatch.setattr(train.evaluate, "paint_samples", paint_samples)
+    monkeypatch.setattr(train.evaluate, "RECONSTRUCTED", 12)
+    return objects
+
+
+def test_the_figures_are_those_of_the_pictures(drawing_model: tuple[str, ...], tmp_path: Path) -> None:
+    """Of drawings all are right but the one that shows another object."""
+    found = evaluate("drawings", tmp_path, prompts=16, seed=3)
+    assert found["objects"] == len(drawing_model)
+    for split, count in (("train", 16), ("held_out", 8)):
+        assert found[split]["right"] == 1 - 1 / count
+        low, high = found[split]["interval_95%"]
+        assert low < 1 - 1 / count < high
+        (miss,) = found[split]["misses"]
+        asked, painted = miss.split(" -> ")
+        assert asked.partition(" ")[2] != painted
+        with Image.open(tmp_path / f"{split}.png") as sheet:
+            assert sheet.height > 32
+    assert found["held_out"]["pairs"] <= 8
+    db = found["reconstruction_psnr_db"]
+    assert db["all"] == pytest.approx(40, abs=0.01)  # 20 log 2 / 0.02
+    assert db["standard_error"] == pytest.approx(0, abs=0.01)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == found
+    evaluate("drawings", tmp_path, prompts=16, seed=4)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["earlier"] == [found]
+
+
+def test_a_judges_verdict_stands_beside_that_of_drawings(
+    drawing_model: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    tasks = (("object", drawing_model), ("style", tuple(STYLES)))
+    network = Recogniser(RecogniserConfig(tasks=tasks, sample_size=17, widths=(4, 4)))
+    torch.nn.init.zeros_(network.linear_out.weight)  # it always sees the first object and style
+    save_network(network, tmp_path / "judge")
+    monkeypatch.setattr(train.evaluate, "beside_training", lambda *_, **__: {"diversity": {}})
+    alone = evaluate("drawings", tmp_path / "out", prompts=16)
+    both = evaluate("drawings", tmp_path / "out", prompts=16, judge=tmp_path / "judge")
+    assert both["judged_by"]["hash"] == open_extractor(str(tmp_path / "judge")).digest
+    rows = draw_rows("train", 16, drawing_model, 0, None)
+    shares = {"object": sum(row.object == drawing_model[0] for row in rows) / 16}
+    shares["style"] = sum(row.style == next(iter(STYLES)) for row in rows) / 16
+    assert both["train"]["judged"] == both["train"]["judged_drawings"] == pytest.approx(shares)
+    assert both["train"]["right"] == alone["train"]["right"]
+    written = joined(alone, both)  # the time is that of the first call, which painted
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == written
+    assert written["train"]["seconds_per_picture"] == alone["train"]["seconds_per_picture"] > 0
+    evaluate("drawings", tmp_path / "out", prompts=16)  # without the judge, whose numbers stay
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == written
+
+
+def test_what_is_chosen_by_is_not_what_is_reported() -> None:
+    halves = [draw_rows("held_out", 10_000, chosen(), 0, None, choosing=choosing) for choosing in (False, True)]
+    pairs = [{row[:2] for row in half} for half in halves]
+    assert not pairs[0] & pairs[1]
+    assert len(halves[0]) + len(halves[1]) == len(Pictograms(64, chosen(), "held_out"))
+    assert 0.3 < len(pairs[0]) / (len(pairs[0]) + len(pairs[1])) < 0.7
+    assert draw_rows("train", 5, OBJECTS, 0, None, choosing=True) == draw_rows("train", 5, OBJECTS, 0, None)
+
+
 def test_a_judge_of_something_else_is_refused(judge: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not know 1 of the model's 2 objects, such as 'owl'.*pictograms:all"):
         open_pictogram_judge(judge, ("fox", "owl"))
@@ -116,5 +209,5 @@ def test_the_command_goes_by_what_the_judge_knows(judge: Path, tmp_path: Path, m
     assert seen == [
         (("bundled", out), of_pictograms | {"judge": None}),
         (("bundled", out), of_pictograms | {"judge": judge}),
-        (("bundled", classes, out), common),
+        (("bundled", classes, out), common | {"template": ""}),
     ]

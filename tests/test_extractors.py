@@ -179,7 +179,13 @@ def test_another_tower_of_transformers(tmp_path: Path) -> None:
     shown = pictures(28)
     with torch.no_grad():
         theirs = model(pixel_values=normal(shown, mean, std)).last_hidden_state[:, 0]
-    assert torch.allclose(open_extractor(str(tmp_path))(shown), theirs, atol=1e-4)
+    extractor = open_extractor(str(tmp_path))
+    assert torch.allclose(extractor(shown), theirs, atol=1e-4)
+    said = json.loads((tmp_path / "config.json").read_text()) | {"transformers_version": "99.0"}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert open_extractor(str(tmp_path)).digest == extractor.digest  # whoever wrote it
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(described | sizes | {"image_mean": std}))
+    assert open_extractor(str(tmp_path)).digest != extractor.digest
 
 
 def test_towers_without_a_token_for_the_picture_are_refused(tmp_path: Path) -> None:
@@ -209,6 +215,12 @@ def test_a_safetensors_file_and_an_architecture_of_open_clip(tmp_path: Path) -> 
         assert torch.allclose(extractor(shown), theirs, atol=1e-5)
         ids = open_clip.get_tokenizer("tiny-for-tests")(CAPTIONS)
         assert torch.allclose(extractor.embed(CAPTIONS), model.encode_text(ids), atol=1e-5)
+    quick = described | {"quick_gelu": True}
+    (tmp_path / "tiny-for-tests-quick.json").write_text(json.dumps(quick))
+    open_clip.add_model_config(tmp_path)
+    twin = open_extractor(f"tiny-for-tests-quick:{tmp_path / 'weights.safetensors'}")
+    assert not torch.equal(twin(shown), extractor(shown))
+    assert twin.digest != extractor.digest
     with pytest.raises(ValueError, match=r"expected a \.safetensors file or one of"):
         open_extractor("ViT-B-32:nothing")
     with pytest.raises(ValueError, match="nowhere"):

@@ -12,8 +12,10 @@ import torch
 
 import train.ldm
 from pipelines import TextToImagePipeline
+from pipelines.files import save_network
 from pipelines.folder import load_model
 from train.pictograms import GROUNDS, STYLES, things
+from train.recogniser import Recogniser, RecogniserConfig
 from train.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,7 +150,12 @@ def test_the_twenty_pictures_and_what_is_asked_for_afterwards(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = runpy.run_path(str(ROOT / "benchmarks" / "new_thing.py"))
-    few = new["Options"](model=str(model_folder), work=tmp_path, old=2)
+    known = tuple(name for name, thing in things().items() if thing.everyday)
+    tasks = (("object", known), ("style", tuple(STYLES)))
+    judge = Recogniser(RecogniserConfig(tasks=tasks, sample_size=17, widths=(4, 4)))
+    torch.nn.init.zeros_(judge.linear_out.weight)  # it sees the first style everywhere
+    save_network(judge, tmp_path / "judge")
+    few = new["Options"](judge=tmp_path / "judge", model=str(model_folder), work=tmp_path, old=8)
     assert not things()[few.object].everyday
     assert len(new["draw"](few)) == len(list((tmp_path / "pictures").glob("*.png"))) == 20
     said = [file.read_text() for file in sorted((tmp_path / "pictures").glob("*.txt"))]
@@ -164,12 +171,14 @@ def test_the_twenty_pictures_and_what_is_asked_for_afterwards(
     monkeypatch.setitem(new["ask"].__globals__, "asked", remembered)
     rows = new["unseen"](few)
     assert len(rows) == len(STYLES) * len(GROUNDS) - 20
-    known = tuple(name for name, thing in things().items() if thing.everyday)[:5]
-    found, shown, prompts = new["ask"](few, str(model_folder), rows, known)
+    found, shown, prompts = new["ask"](few, str(model_folder), rows, known[:20])
     assert not {line.strip() for line in said} & set(asked)
     assert len(shown) == len(prompts) >= 8
     assert found["new_prompts"] == len(rows)
     assert found["old_train"] == found["old_held_out"] == 0  # it painted nothing but dragons
+    assert found["new_style"] == sum(row.style == next(iter(STYLES)) for row in rows) / len(rows)
+    with pytest.raises(ValueError, match="--old 1: expected at least 2"):
+        new["main"](replace(few, old=1))
 
 
 def test_a_model_guided_by_itself_is_not_guided(model_folder: Path) -> None:

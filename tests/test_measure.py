@@ -23,7 +23,7 @@ from train.clip_model import load_clip, save_clip
 from train.data import fit, to_unit
 from train.measure import Measuring, measure
 from train.metrics import Moments, frechet_distance
-from train.recogniser import Recogniser, RecogniserConfig
+from train.recogniser import Recogniser, RecogniserConfig, load_recogniser
 from train.samples import NOISES, Painting, is_model
 from vae.autoencoder import Identity
 
@@ -124,7 +124,9 @@ def test_its_pictures_give_the_same_numbers(
     assert "warning: 10 samples" not in said  # and six features
     some = measure(replace(measuring, model=str(out / "samples"), samples=5, out=tmp_path / "five", metrics="fid"))
     assert some["samples"] == 5
-    assert "warning: 5 samples, and 6 features" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: 5 samples, and 6 features" in said
+    assert "pictures of --reference, and 6 features" not in said
 
 
 def test_the_distance_is_that_of_the_pictures(whole: tuple[dict, Path], extractor: Path, reference: Path) -> None:
@@ -200,7 +202,7 @@ def test_a_model_that_is_told_nothing(measuring: Measuring, tmp_path: Path) -> N
         measure(replace(how, metrics="accuracy"))
     result = measure(how)
     assert not (how.out / "samples" / "metadata.jsonl").exists()
-    bits = measure_bits(str(model), how.reference, seed=3, cache=how.cache)
+    bits = measure_bits(str(model), how.reference, seed=3, workers=0)
     assert values(result)["bpd"] == bits["bits_per_dim"]
     assert measure(replace(how, metrics="bpd"))["metrics"] == result["metrics"]  # the distance stays
     edm = silent_model(tmp_path / "edm", Identity(3), path="edm")
@@ -242,6 +244,15 @@ def test_numbers_of_the_same_pictures_stand_side_by_side(measuring: Measuring, t
     other = measure(replace(how, metrics="precision"))
     assert list(values(other)) == ["precision"]
     assert json.loads((out / "metrics.json").read_text()) == other
+    assert other["earlier"] == [both]
+    network = load_recogniser(how.extractor)
+    torch.nn.init.ones_(network.blocks[0].norm1.bias)
+    save_network(network, tmp_path / "another")
+    third = measure(replace(how, metrics="recall", extractor=str(tmp_path / "another")))
+    assert [values(result) for result in third["earlier"]] == [values(other), values(both)]
+    again = measure(replace(how, metrics="recall"))
+    assert list(values(again)) == ["precision", "recall"]
+    assert len(again["earlier"]) == 2
 
 
 def test_diversity_needs_two_of_one_prompt(measuring: Measuring, reference: Path, tmp_path: Path) -> None:
@@ -254,6 +265,23 @@ def test_diversity_needs_two_of_one_prompt(measuring: Measuring, reference: Path
     assert (found["value"], found["prompts"], found["reference_captions"]) == (None, 0, 5)
     assert found["reference_value"] > 0
     assert "NaN" not in (how.out / "metrics.json").read_text()
+
+
+def test_diversity_of_pictures_that_say_nothing_is_that_of_all(
+    measuring: Measuring, reference: Path, tmp_path: Path
+) -> None:
+    """On both sides: the same pictures, with captions and without, are as diverse."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in reference.glob("*.png"):
+        (bare / file.name).write_bytes(file.read_bytes())
+    how = replace(measuring, model=str(bare), samples=None, size=16, metrics="diversity", out=tmp_path / "out")
+    (found,) = measure(how)["metrics"]
+    assert found["name"].startswith("diversity of all")
+    assert found["value"] == pytest.approx(found["reference_value"])
+    (within,) = measure(replace(how, model=str(reference), out=tmp_path / "told"))["metrics"]
+    assert within["name"].startswith("diversity within a prompt")
+    assert within["value"] < 0.9 * found["value"]
 
 
 def test_copies_of_the_training_set_are_found_out(measuring: Measuring, reference: Path, tmp_path: Path) -> None:
@@ -281,9 +309,29 @@ def test_accuracy_is_of_samples_and_of_the_reference(measuring: Measuring, refer
     torch.nn.init.zeros_(network.linear_out.weight)
     save_network(network, tmp_path / "judge")
     how = replace(measuring, extractor=str(tmp_path / "judge"), metrics="accuracy", out=tmp_path / "out")
-    (found,) = measure(replace(how, model=str(reference), samples=None, size=16))["metrics"]
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for i, said in enumerate(("a black circle", "a black circle", "a red circle")):
+        Image.new("RGB", (16, 16), "grey").save(samples / f"{i}.png")
+        (samples / f"{i}.txt").write_text(said)
+    (found,) = measure(replace(how, model=str(samples), samples=None))["metrics"]
     assert found["metric"] == "class accuracy"
-    assert (found["value"], found["reference_value"]) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert (found["value"], found["reference_value"]) == (pytest.approx(2 / 3), pytest.approx(0.2))
+    assert (found["samples"], found["pictures"]) == (3, 20)
+
+
+def test_accuracy_where_a_template_made_the_captions(measuring: Measuring, tmp_path: Path) -> None:
+    network = Recogniser(RecogniserConfig(tasks=(("class", ("cat", "dog")),), sample_size=9, widths=(4, 4)))
+    torch.nn.init.zeros_(network.linear_out.weight)
+    save_network(network, tmp_path / "judge")
+    for i in range(8):
+        (tmp_path / "pets" / ("dog", "cat")[i % 4 > 0]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "pets" / ("dog", "cat")[i % 4 > 0] / f"{i}.png")
+    how = replace(measuring, extractor=str(tmp_path / "judge"), metrics="accuracy", reference=str(tmp_path / "pets"))
+    (found,) = measure(replace(how, template="a photo of a {label}", out=tmp_path / "out"))["metrics"]
+    assert found["reference_value"] == 0.75
+    rows = (tmp_path / "out" / "samples" / "metadata.jsonl").read_text().splitlines()
+    assert {json.loads(row)["text"] for row in rows} == {"a photo of a cat", "a photo of a dog"}
 
 
 def test_what_is_a_model_and_what_a_folder_of_pictures(model_folder: Path, reference: Path, tmp_path: Path) -> None:
@@ -337,6 +385,9 @@ def test_the_command_line(measuring: Measuring, tmp_path: Path, monkeypatch: pyt
     atelier.main()
     painting = Painting(steps=7, guidance=2.0, sampler="euler", seed=5)
     assert seen == [Measuring("m", "r", "fid", painting=painting, out=Path(os.fspath(tmp_path)))]
+    monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", *f"{measuring.reference} --reference r --steps 7".split()])
+    with pytest.raises(SystemExit, match=r"--steps is for a model that paints, and .* is a folder of pictures"):
+        atelier.main()
     for stray in ("--steps 7", "--training x", "--metrics bpd"):
         monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", *stray.split()])
         with pytest.raises(SystemExit, match=rf"^error: {stray.split()[0]} is for a comparison with a reference"):

@@ -93,6 +93,10 @@ def test_a_killed_run_ends_with_the_same_bytes(config: Config, tmp_path: Path, m
     assert one == other
     with pytest.raises(ValueError, match=r"learning_rate: 0\.01 before, 0\.1 now"):
         main(replace(short, output=tmp_path / "killed", learning_rate=0.1))
+    state = checkpoints(again)[-1] / "training" / "state.pt"
+    torch.save(torch.load(state, weights_only=True) | {"global_batch": 2 * short.batch_size}, state)  # of two processes
+    with pytest.raises(ValueError, match=f"whose updates see {2 * short.batch_size} pictures"):
+        main(replace(short, output=tmp_path / "killed"))
 
 
 def test_the_first_layer_whitens() -> None:

@@ -20,7 +20,7 @@ from tests.lora import factors
 from tests.test_bits import silent_model
 from train.measure import Measuring, measure
 from train.recogniser import Recogniser, RecogniserConfig
-from train.samples import NOISES, Painting, open_painter, paint_samples
+from train.samples import NOISES, Painting, common_side, open_painter, paint_samples, read_samples
 from vae.autoencoder import Identity
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -78,6 +78,28 @@ def test_another_guidance_interval_is_another_painting(pipe: TextToImagePipeline
         paint(None)
 
 
+def test_fewer_samples_leave_the_captions_of_the_others(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    prompts = [f"a fox {i}" for i in range(3)]
+    for some in (prompts, prompts[:1]):
+        paint_samples(pipe, some, tmp_path, HOW, Accelerator())
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == prompts
+    assert read_samples(str(tmp_path), None).captions == [(prompt,) for prompt in prompts]
+
+
+def test_some_samples_of_a_folder_are_of_all_its_parts(tmp_path: Path) -> None:
+    for name in COLOURS:
+        coloured(tmp_path / name, captions=False)
+    said: list[str] = []
+    source = read_samples(str(tmp_path), 15, said.append)
+    assert "15 of the 25 pictures" in said[-1]
+    assert {file.parent.name for file in source.files} == set(COLOURS)
+    assert source.files == sorted(source.files)
+    assert source.files == read_samples(str(tmp_path), 15).files
+    (tmp_path / "red" / "0.png").write_bytes(b"broken")
+    assert common_side(read_samples(str(tmp_path), None)) == 16
+
+
 def test_what_failed_before_the_first_picture_is_forgotten(pipe: TextToImagePipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sampler"):
         paint_samples(pipe, ["a fox"], tmp_path / "samples", replace(HOW, sampler="eular"), Accelerator())
@@ -101,6 +123,8 @@ def test_a_model_with_a_lora(pipe: TextToImagePipeline, measuring: Measuring, tm
         measure(replace(with_it, metrics="fid,bpd", out=tmp_path / "bits"))
     with pytest.raises(ValueError, match=r"is loaded into a model, and .* is a folder of pictures"):
         measure(replace(with_it, model=measuring.reference))
+    with pytest.raises(ValueError, match="--clip x is of the CLIP score: add clip to --metrics fid"):
+        measure(replace(measuring, clip="x"))
 
 
 def test_what_was_computed_is_kept(measuring: Measuring, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

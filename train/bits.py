@@ -8,9 +8,9 @@ model was trained to be told, captions or labels, it is told here, without guida
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Normal
@@ -23,7 +23,8 @@ from ldm.samplers import picture_noise
 from ldm.schedule import VariancePreserving
 from pipelines import TextToImagePipeline
 from pipelines.folder import Model
-from train.data import generator, permutation, read_pictures, to_unit
+from train.data import Loaded, generator, permutation, read, refuse_unusable, to_unit
+from train.pictures import refuse_numbers
 from train.sources import Source, open_source
 from vae.autoencoder import Autoencoder, Identity
 
@@ -42,7 +43,7 @@ def measure_bits(
     tolerance: float = 1e-3,
     batch: int = 32,
     seed: int = 0,
-    cache: Path = Path("cache"),
+    workers: int = 2,
     source: Source | None = None,
 ) -> dict[str, float]:
     """Bits per dimension of `count` pictures drawn from a source, {"bits_per_dim": …, "standard_error": …, …}.
@@ -69,10 +70,9 @@ def measure_bits(
     last = len(schedule.table) - 1 if isinstance(schedule, VariancePreserving) else 0
     if method in FORMS and not last:
         raise ValueError(f"the path of {model} has no table of rows to sum over: take --method flow")
-    pictures = read_pictures(source or open_source(data, size, split="held_out"), size, cache)
-    chosen = permutation(len(pictures.captions), seed, 0)[:count]
-    images = to_unit(pictures.pixels[chosen])
-    captions = [pictures.captions[i][0] for i in chosen.tolist()]
+    pictures = _read(source or open_source(data, size, split="held_out"), size, count, seed, workers)
+    images = to_unit(torch.from_numpy(np.stack([np.asarray(picture.pixels) for picture in pictures])))
+    captions = [picture.captions[0] for picture in pictures]
 
     def bound(denoise: Denoise, x0: Tensor, draws: list[torch.Generator]) -> Tensor:
         likelihood = pixel_log_likelihood if isinstance(opened.vae, Identity) else gaussian_log_likelihood
@@ -96,7 +96,7 @@ def measure_bits(
     nats = flow if method == "flow" else bound
     deviation = 0.0 if isinstance(opened.vae, Identity) else _deviation(opened.vae, images[:256].to(device))
     bits = []
-    for part in tqdm(torch.arange(len(chosen)).split(batch), desc=f"bits by the {method}"):
+    for part in tqdm(torch.arange(len(pictures)).split(batch), desc=f"bits by the {method}"):
         context = opened.conditioner([captions[i] for i in part.tolist()])
         draws = [generator(seed, i) for i in part.tolist()]
         shown, denoise = images[part].to(device), _told(opened, context)
@@ -108,6 +108,17 @@ def measure_bits(
     result = {"bits_per_dim": float(every.mean()), "standard_error": float(every.std()) / math.sqrt(len(every))}
     result |= {name: bits / len(every) for name, bits in terms.items()}
     return result | {"pictures": len(every)} | ({"decoder_deviation": deviation} if deviation else {})
+
+
+def _read(source: Source, size: int, count: int, seed: int, workers: int) -> list[Loaded]:
+    """`count` pictures, drawn by the seed, of which no more are broken than a training would accept."""
+    refuse_numbers(source)
+    chosen = permutation(len(source), seed, 0)[:count].tolist()
+    parts = read(source, size, chosen, batch=64, workers=workers, progress="reading pictures")
+    every = [picture for part in parts for picture in part]
+    broken = [picture for picture in every if picture.pixels is None or picture.error]
+    refuse_unusable([(picture.key, picture.error) for picture in broken], len(every))
+    return [picture for picture in every if picture.pixels is not None and not picture.error]
 
 
 def some_rows(last: int, number: int, draw: torch.Generator) -> tuple[list[int], list[int]]:
@@ -133,11 +144,12 @@ def _told(model: Model, context: dict[str, Tensor]) -> Denoise:
 def _of_pixels(
     vae: Identity, images: Tensor, denoise: Denoise, draws: list[torch.Generator], nats: Nats, method: Method
 ) -> Tensor:
-    x0 = vae.encode(images).mean  # [B, 1 or 3, H, W]
+    grey_levels = ((vae.encode(images).mean + 1) * 127.5).round()  # [B, 1 or 3, H, W]; a mean of three is none yet
+    x0 = grey_levels / 127.5 - 1
     if method in FORMS:
         return bits_per_dim(nats(denoise, x0, draws), x0[0].numel())
     uniform = torch.stack([torch.rand(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
-    x0 = dequantise(((x0 + 1) * 127.5).round(), uniform)
+    x0 = dequantise(grey_levels, uniform)
     return bits_per_dim(nats(denoise, x0, draws), x0[0].numel(), PIXEL)
 
 

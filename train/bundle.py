@@ -14,12 +14,14 @@ if not __package__:  # as a script, this folder is first on the path, where ldm.
 import torch
 import tyro
 from safetensors.torch import save_file
+from torch import Tensor
 
+from conditioning.clip import ClipTextEncoder
 from pipelines.files import newest, read_json, read_tensors, read_weights
 from pipelines.find import BUNDLED, LORA
-from pipelines.folder import load_model, save_model
+from pipelines.folder import Model, load_model, save_model
 from pipelines.quantized import quantize
-from train.clip_model import CONFIG, WEIGHTS
+from train.clip_model import CONFIG, WEIGHTS, export_text_tower, load_clip
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def main(config: Config) -> None:
     clip = config.clip / "clip"
     read_json(clip / CONFIG)  # or an error that says what is missing
     weights = read_weights(clip, stem)
+    _check_same(model, config)
     student = read_tensors(newest(config.student) / LORA) if config.student else None
 
     aside = config.out.with_name(f".{config.out.name}.partial")
@@ -66,6 +69,23 @@ def main(config: Config) -> None:
     aside.rename(config.out)
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     print(f"{config.out}: {size:,} bytes, {size / 2**20:.1f} MiB")
+
+
+def _check_same(model: Model, config: Config) -> None:
+    """ValueError where the CLIP is not the one whose text tower told the model."""
+    judge = load_clip(config.clip / "clip")
+    theirs = export_text_tower(judge.model, judge.tokenizer).state_dict()
+    ours = model.conditioner.state_dict() if isinstance(model.conditioner, ClipTextEncoder) else {}
+    if not all(name in ours and _near(ours[name], weight) for name, weight in theirs.items()):
+        raise ValueError(
+            f"--clip {config.clip} is another than the one whose text encoder is in {config.model}: give the run of "
+            "train/clip.py that the model was trained with"
+        )
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same one, either of which may have been in 8 bits."""
+    return a.shape == b.shape and float((a - b).norm()) <= 0.05 * float(b.norm()) + 1e-6
 
 
 if __name__ == "__main__":

@@ -242,9 +242,9 @@ def _shard(place: Path, sides: list[Side], shard: int, in_buckets: bool) -> Path
     return place / f"{shard:06d}{ways}.safetensors"
 
 
-def weights_digest(network: nn.Module) -> str:
-    """A hash of a network's configuration and weights."""
-    digest = hashlib.sha256(repr(getattr(network, "config", "")).encode())
+def weights_digest(network: nn.Module, config: object = None) -> str:
+    """A hash of a network's weights and configuration: its own, where none is given."""
+    digest = hashlib.sha256(repr(getattr(network, "config", "") if config is None else config).encode())
     for name, weight in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

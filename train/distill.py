@@ -26,6 +26,7 @@ from ldm.consistency import ConsistencyLoss, Segments, subdivided
 from ldm.denoiser import Context
 from ldm.guidance import classifier_free
 from ldm.loss import Plain
+from ldm.samplers import SAMPLERS
 from ldm.schedule import step_grid
 from pipelines.folder import Model, load_model
 from train import settings
@@ -95,14 +96,14 @@ def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Object
         teacher = load_model(config.model)
         device = next(student.unet.parameters()).device
         teacher.unet.to(device).requires_grad_(False).eval()
-        if student.schedule.entries:  # where there is a table of betas, as other tools read it
-            spaced = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True}
-            student.scheduler = {**student.scheduler, **spaced}
+        student.scheduler = {**student.scheduler, "timestep_spacing": "trailing"}
         steps, schedule = config.steps or 1, student.schedule
         if schedule.entries:  # every `substeps`-th row of the finer grid is one of the sampler's
+            student.scheduler |= {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}  # as other tools read it
             levels = step_grid(schedule, steps * config.substeps, "trailing")
         else:
-            levels = subdivided(step_grid(schedule, steps, "karras"), config.substeps, schedule.sigma_min)
+            grid = SAMPLERS[SAMPLER].grid_for(schedule, spacing="trailing")
+            levels = subdivided(step_grid(schedule, steps, grid), config.substeps, schedule.sigma_min)
         segments = Segments(levels, config.substeps)
         defaults = teacher.defaults
         scale = defaults.guidance_scale if config.teacher_guidance is None else config.teacher_guidance

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from pipelines import TextToImagePipeline
-from train.data import generator, to_unit, written_aside
+from train.data import generator, to_unit
 from train.extractors import open_extractor
 from train.grid import grid
 from train.hashes import FileHashes
@@ -33,12 +33,15 @@ from train.pictograms import Pictograms, Row, captions, objects_of, paint
 from train.pictures import Example, digest
 from train.recogniser import Recogniser
 from train.reference import Reference, open_reference
-from train.samples import Painting, open_painter, paint_samples
+from train.results import counted, in_percent, write_result
+from train.samples import NOTES, Painting, open_painter, paint_samples
 from train.sources import open_source
 
 SIDE = 32  # pixels at which pictures are compared
 PLACEMENTS = (10_001, 10_002)  # seeds of the candidates' drawings
 UNSEEN = 20_001  # first of those of drawings that stand for real pictures which no model was trained on
+SPLITS = ("train", "held_out")
+RECONSTRUCTED = 240  # fresh drawings that the autoencoder is asked for
 ALIKE, EACH = 8, 6  # prompts whose samples are compared with one another, and how many of each
 
 
@@ -60,9 +63,16 @@ def nearest(image: Image.Image, row: Row, objects: tuple[str, ...], font: str | 
     return objects[int(distances.argmin())]
 
 
-def draw_rows(split: str, count: int, objects: tuple[str, ...], seed: int, font: str | None) -> list[Row]:
-    """`count` distinct rows of the split, drawn at random."""
+def draw_rows(
+    split: str, count: int, objects: tuple[str, ...], seed: int, font: str | None, *, choosing: bool = False
+) -> list[Row]:
+    """`count` distinct rows of the split, or all there are, drawn at random.
+
+    choosing: of the held-out pairs, those that recipes are chosen by, and not those of the verdict.
+    """
     rows = Pictograms(size=64, objects=objects, split=split, font=font).rows
+    if split == "held_out":
+        rows = [row for row in rows if (int(digest(row.object, row.style), 16) % 2 == 1) == choosing]
     order = torch.randperm(len(rows), generator=generator(seed, len(split)))
     return [rows[i] for i in order[:count].tolist()]
 
@@ -74,7 +84,8 @@ def drawn_afresh(rows: Sequence[Row], size: int, font: str | None) -> list[Image
 
 @torch.no_grad()
 def reconstruction_psnr(pipe: TextToImagePipeline, rows: list[Row], size: int, font: str | None) -> dict[str, float]:
-    """PSNR in dB of the autoencoder's reconstructions of freshly drawn pictures, in all and by style."""
+    """PSNR in dB of the autoencoder's reconstructions of freshly drawn pictures, the mean over pictures, in all and by
+    style; and the standard error of that over all."""
     by_style: dict[str, list[float]] = {}
     for row, drawing in zip(rows, drawn_afresh(rows, size, font), strict=True):
         pixels = torch.from_numpy(np.array(drawing))[None]
@@ -83,7 +94,8 @@ def reconstruction_psnr(pipe: TextToImagePipeline, rows: list[Row], size: int, f
         error = ((output.float() - images.float()) / 2).square().mean()
         by_style.setdefault(row.style, []).append(float(-10 * error.log10()))
     every = [value for values in by_style.values() for value in values]
-    return {"all": float(np.mean(every)), **{style: float(np.mean(v)) for style, v in sorted(by_style.items())}}
+    spread = {"standard_error": float(np.std(every, ddof=1) / len(every) ** 0.5)}
+    return {"all": float(np.mean(every)), **spread, **{s: float(np.mean(v)) for s, v in sorted(by_style.items())}}
 
 
 @dataclass
@@ -173,6 +185,12 @@ def beside_training(
     return {"memorisation": near, "diversity": spread}
 
 
+def _of(result: dict[str, Any]) -> dict[str, Any]:
+    """What a result is of: results of the same are joined (`train.results`)."""
+    of = {split: [result[split]["prompts"], result[split].get("painted")] for split in SPLITS if split in result}
+    return {split: of.get(split) for split in SPLITS} | {"judge": (result.get("judged_by") or {}).get("hash")}
+
+
 def several(asked: list[Any]) -> list[Any]:
     """The first prompts or rows, each as often as its samples are compared with one another."""
     return [one for one in asked[:ALIKE] for _ in range(EACH)]
@@ -194,8 +212,8 @@ def evaluate(
     """Paints `prompts` training pairs and half as many held-out ones, judges them, and writes figures and sheets. The
     pictures are kept in `out`/samples (`train.samples.paint_samples`).
 
-    Returns what evaluation.json holds: the shares of right objects, the misses, the autoencoder's PSNR, the settings;
-    with a judge the shares that it finds right, and what `beside_training` says.
+    Returns what evaluation.json says of these pictures: the shares of right objects, the misses, the autoencoder's
+    PSNR, the settings; with a judge the shares that it finds right, and what `beside_training` says.
     """
     if prompts < 2:
         raise ValueError(f"--prompts {prompts}: expected at least 2")
@@ -216,8 +234,10 @@ def evaluate(
         source = paint_samples(pipe, asked, out / "samples" / name, how, accelerator, reference=digest(*asked))
         return [source[i].image for i in range(len(source))]
 
+    extractor = open_extractor(str(judge)) if judge else None
     result: dict = {"model": str(model), "objects": len(objects), "seed": seed, "judge": "nearest in 32×32 pixels"}
-    for split, count in (("train", prompts), ("held_out", prompts // 2)):
+    result["judged_by"] = extractor and extractor.described()
+    for split, count in zip(SPLITS, (prompts, prompts // 2), strict=True):
         rows = draw_rows(split, count, objects, seed, font)
         if not (count := len(rows)):
             say(f"{split} pairs: there are none of these {len(objects)} objects")
@@ -231,23 +251,26 @@ def evaluate(
         said = [a if f == row.object else f"wrong ({f}): {a}" for a, f, row in zip(asked, found, rows, strict=True)]
         if accelerator.is_main_process:
             grid(images, said, columns=10).save(out / f"{split}.png")
-        result[split] = {"prompts": count, "right": 1 - len(misses) / count, "misses": misses}
-        result[split]["seconds_per_picture"] = seconds
-        say(f"{split} pairs: {1 - len(misses) / count:.1%} of {count} closest to their own object")
+        result[split] = {"prompts": count, **counted(count - len(misses), count), "misses": misses}
+        result[split] |= {"seconds_per_picture": seconds, "pairs": len({row[:2] for row in rows})}
+        result[split]["painted"] = json.loads((out / "samples" / split / NOTES).read_text())
+        of = f"{count} of {result[split]['pairs']} pairs"
+        say(f"{split} pairs: {in_percent(result[split])} of {of} closest to their own object")
         if network and judge:
-            shares = judged(network, images, rows)
-            result[split]["judged"] = shares
-            say(f"{split} pairs, by {judge}: " + ", ".join(f"{task} {share:.1%}" for task, share in shares.items()))
+            drawn = judged(network, drawn_afresh(rows, pipe.model.size, font), rows)
+            result[split] |= {"judged": judged(network, images, rows), "judged_drawings": drawn}
+            shares = (f"{task} {share:.1%} ({drawn[task]:.1%})" for task, share in result[split]["judged"].items())
+            say(f"{split} pairs, by {judge} (and of as many fresh drawings): {', '.join(shares)}")
             if split == "train":
                 beside: dict[str, Any] = {"data": trained_on.split("+")[0], "views": pipe.model.defaults.views}
                 beside |= {"font": font, "cache": cache}
                 alike = painted("several", several(asked))
-                result |= {"judged_by": str(judge), **beside_training(images, rows, alike, judge, out, **beside)}
-    rows = draw_rows("train", 60, objects, seed + 1, font)
+                result |= beside_training(images, rows, alike, judge, out, **beside)
+    rows = draw_rows("train", RECONSTRUCTED, objects, seed + 1, font)
     result["reconstruction_psnr_db"] = reconstruction_psnr(pipe, rows, pipe.model.size, font)
-    say("reconstructions, dB: " + ", ".join(f"{k} {v:.1f}" for k, v in result["reconstruction_psnr_db"].items()))
+    every = ", ".join(f"{style} {db:.1f}" for style, db in result["reconstruction_psnr_db"].items())
+    say(f"reconstructions of {len(rows)} fresh drawings, mean of their dB: {every}")
     if accelerator.is_main_process:
-        with written_aside(out / "evaluation.json") as partial:
-            partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_result(out / "evaluation.json", result, _of)
     say(f"figures and sheets in {out}")
     return result

@@ -5,6 +5,7 @@ A name is one of
     inception                the Inception network of FID, through torchmetrics, its weights from their own source
     inception:FILE           the same, weights from a file (.pth or .safetensors)
     RUN                      a run or folder of train/recogniser.py, train/classifier.py or train/clip.py
+    bundled                  the bundled model's CLIP, which is no judge of what its own text tower asked for
     FOLDER, OWNER/NAME       a CLIP, or another tower of pictures (DINOv2, ViT), of transformers
     ARCHITECTURE:TAG         a CLIP of open_clip, with the weights of that tag, such as ViT-B-32:laion2b_s34b_b79k
     ARCHITECTURE:FILE        the same with the weights of a .safetensors file
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from ldm.classifier import NoisyClassifier
 from pipelines.classifier import load_classifier
-from pipelines.files import newest
+from pipelines.files import newest, read_json
 from pipelines.find import BUNDLED
 from train.cache import weights_digest
 from train.data import to_unit
@@ -39,6 +40,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 WITH_CLASS_TOKEN = (  # of transformers, as its first; others begin with a patch, or have no tokens
     "vit", "vit_msn", "deit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"
 )  # fmt: skip
+ACCURACY = "accuracy.json"  # in a recogniser's checkpoint: the share of unseen pictures that is right, by task
 INCEPTION, INCEPTION_SIDE = "inception", 299
 HERE = (
     "Without it, features that need no download: a run of train/recogniser.py (--preset cifar10, mnist or pictograms) "
@@ -56,14 +58,21 @@ class Extractor:
     compute: Callable[[Tensor], Tensor]  # uint8 [B, side, side, 3] -> [B, d]
     embed: Callable[[Sequence[str]], Tensor] | None = None  # captions to [B, d], where it is a CLIP
     is_fids: bool = False  # FID's own Inception, with the weights whose distances are called FID
+    reads: object = None  # all that features hang on beside the weights; None: the network's own `config` and the side
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
-        self.digest = weights_digest(self.network)[:16]
+        self.digest = weights_digest(self.network, self.reads)[:16]
 
     @property
     def resize(self) -> str:
         return f"to {self.side}×{self.side}, bicubic of Pillow (antialiased), 8 bits"
+
+    def described(self) -> dict[str, Any]:
+        """What files of figures say of it; of a recogniser also how often it is right about real pictures."""
+        said: dict[str, Any] = {"name": self.name, "hash": self.digest, "resize": self.resize}
+        accuracy = newest(Path(self.name).expanduser()) / ACCURACY
+        return said | ({"accuracy": read_json(accuracy)} if accuracy.is_file() else {})
 
     @property
     def is_inception(self) -> bool:
@@ -103,8 +112,9 @@ def open_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
         found = _transformers(name, name)
     else:
         raise ValueError(
-            f"--extractor {name!r}: expected inception, inception:FILE, a run of train/recogniser.py or train/clip.py, "
-            "a folder or hub id of transformers, or ARCHITECTURE:WEIGHTS of open_clip (train/extractors.py lists them)"
+            f"--extractor {name!r}: expected inception, inception:FILE, bundled, a run of train/recogniser.py or "
+            "train/clip.py, a folder or hub id of transformers, or ARCHITECTURE:WEIGHTS of open_clip "
+            "(train/extractors.py lists them)"
         )
     found.network.to(device)
     return found
@@ -227,7 +237,7 @@ def _last_but_one(network: NoisyClassifier, images: Tensor) -> Tensor:
 
 
 def _own_clip(name: str, folder: Path) -> Extractor:
-    from train.clip_model import load_clip, tokenise
+    from train.clip_model import CONFIG, load_clip, tokenise
 
     clip = load_clip(folder)
 
@@ -235,7 +245,10 @@ def _own_clip(name: str, folder: Path) -> Extractor:
         ids = tokenise(clip.tokenizer, captions, clip.length)
         return clip.model.encode_text(ids.to(next(clip.model.parameters()).device))
 
-    return Extractor(name, clip.model, clip.size, lambda pixels: clip.model.encode_image(to_unit(pixels)), embed)
+    reads = read_json(folder / CONFIG)
+    return Extractor(
+        name, clip.model, clip.size, lambda pixels: clip.model.encode_image(to_unit(pixels)), embed, reads=reads
+    )
 
 
 def _open_clip(name: str, architecture: str, weights: str) -> Extractor:
@@ -260,7 +273,8 @@ def _open_clip(name: str, architecture: str, weights: str) -> Extractor:
     def embed(captions: Sequence[str]) -> Tensor:
         return model.encode_text(tokenizer(list(captions)).to(next(model.parameters()).device))
 
-    return Extractor(name, model, side, lambda pixels: model.encode_image(normal(pixels)), embed)
+    reads = (open_clip.get_model_config(architecture), said["mean"], said["std"], side)
+    return Extractor(name, model, side, lambda pixels: model.encode_image(normal(pixels)), embed, reads=reads)
 
 
 def _transformers(name: str, where: str) -> Extractor:
@@ -292,7 +306,7 @@ def _transformers(name: str, where: str) -> Extractor:
         raise ValueError(f"--extractor {name}: a {config.model_type}, whose config names no image_size")
     try:
         shown: Any = transformers.AutoImageProcessor.from_pretrained(where)
-        normal = _normaliser(shown.image_mean, shown.image_std)
+        mean, std = shown.image_mean, shown.image_std
         crop = getattr(shown, "crop_size", None) or {}
         side = crop.get("height") or side  # DINOv2's config names the side of its table of positions
     except (OSError, ValueError):
@@ -300,7 +314,8 @@ def _transformers(name: str, where: str) -> Extractor:
             raise ValueError(
                 f"--extractor {name}: preprocessor_config.json is missing: mean and spread of pixels"
             ) from None
-        normal = _normaliser(CLIP_MEAN, CLIP_STD)
+        mean, std = CLIP_MEAN, CLIP_STD
+    normal = _normaliser(mean, std)
 
     def compute(pixels: Tensor) -> Tensor:
         if config.model_type == "clip":
@@ -312,7 +327,16 @@ def _transformers(name: str, where: str) -> Extractor:
         ids = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(model.device)
         return model.get_text_features(**ids).pooler_output
 
-    return Extractor(name, model, side, compute, embed if tokenizer else None)
+    reads = (config.model_type, _without_versions(config.to_diff_dict()), list(mean), list(std), side)
+    return Extractor(name, model, side, compute, embed if tokenizer else None, reads=reads)
+
+
+def _without_versions(said: Any) -> Any:
+    """A config of transformers without what says who wrote it, and with its keys in order."""
+    if not isinstance(said, dict):
+        return said
+    told = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
+    return {key: _without_versions(said[key]) for key in sorted(said) if key not in told}
 
 
 def _normaliser(mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:

@@ -19,17 +19,19 @@ from PIL import Image
 from ldm.classifier import NoisyClassifier
 from pipelines.classifier import load_classifier
 from pipelines.files import newest, read_json
-from train.data import generator, to_unit, written_aside
-from train.extractors import resized
+from train.captions import Template
+from train.data import generator, to_unit
+from train.extractors import open_extractor, resized
 from train.grid import grid
 from train.launch import start
 from train.pictograms import GROUNDS, STYLES, captions, things
 from train.pictures import digest
 from train.recogniser import Recogniser, RecogniserConfig, as_seen, load_recogniser
-from train.samples import Painting, is_told, open_painter, paint_samples
+from train.results import counted, in_percent, write_result
+from train.samples import NOTES, Painting, is_told, open_painter, paint_samples
 from vae.autoencoder import Identity
 
-LEVEL = 0.05  # of the noise that the judge is shown: the least that it was trained on, nearly
+LEVEL = 0.05  # of the noise that a classifier of noisy pictures is shown: the median of its preset `clean`
 SHOWN = 8  # samples of a class on the sheet
 
 
@@ -63,20 +65,34 @@ def verdicts(judge: Recogniser | NoisyClassifier, images: list[Image.Image], tas
 
 
 @torch.no_grad()
-def right_by_caption(judge: Recogniser, features: torch.Tensor, said: Sequence[str]) -> dict[str, float]:
+def right_by_caption(
+    judge: Recogniser, features: torch.Tensor, said: Sequence[str], template: str = ""
+) -> dict[str, float]:
     """Share of the pictures in which the judge sees what their captions say, by task.
 
-    features: the judge's own of the pictures, [N, d]. Raises ValueError for captions that name none of its answers.
+    features: the judge's own of the pictures, [N, d]. template: made the captions of the classes, where they are not
+    their names. Raises ValueError for captions that name none of its answers.
     """
     features = features.to(judge.linear_out.weight)
     shares = {}
     for i, (task, answers) in enumerate(judge.config.tasks):
         named = [_named(caption)[task] if task in ("object", "style") else caption for caption in said]
-        if strange := set(named) - set(answers):
-            raise ValueError(f"the judge knows no {task} {min(strange)!r}: it knows {', '.join(answers[:5])} …")
-        truth = torch.tensor([answers.index(name) for name in named])
+        place = {name: i for i, answer in enumerate(answers) for name in (answer, *_made(answer, template))}
+        if strange := set(named) - set(place):
+            raise ValueError(
+                f"the judge knows no {task} {min(strange)!r}: it knows {', '.join(answers[:5])} …; captions that a "
+                "--template makes of classes need it here, too"
+            )
+        truth = torch.tensor([place[name] for name in named])
         shares[task] = float((judge.answer(features)[i].argmax(1).cpu() == truth).float().mean())
     return shares
+
+
+def _made(answer: str, template: str) -> tuple[str, ...]:
+    """What a template of one field makes of a class."""
+    if not template or len(names := (made := Template(template)).names) != 1:
+        return ()
+    return made({names[0]: answer})
 
 
 def _named(caption: str) -> dict[str, str]:
@@ -93,6 +109,11 @@ def drawn_captions() -> dict[str, dict[str, str]]:
     return {said: {"object": o, "style": s} for o, s, g in every for said in captions(o, s, g)}
 
 
+def _of(result: dict) -> dict:
+    """What a result is of: results of the same are joined (`train.results`)."""
+    return {key: result.get(key) for key in ("painted", "pictures", "judge")}
+
+
 def evaluate_classes(
     model: str,
     judge: Path,
@@ -101,13 +122,15 @@ def evaluate_classes(
     prompts: int = 100,
     seed: int = 0,
     batch: int = 32,
+    template: str = "",
     lora: Sequence[str] = (),
     lora_weight: Sequence[float] = (1.0,),
 ) -> dict:
     """Paints `prompts` pictures, as many of each of the judge's classes, and writes figures and a sheet; the pictures
     are kept in `out`/samples (`train.samples.paint_samples`).
 
-    Of a model that is told nothing it says which classes came, evenly or not. Returns what evaluation.json holds.
+    template: makes the prompts of the classes' names, as it made the captions in training. Of a model that is told
+    nothing it says which classes came, evenly or not. Returns what evaluation.json says of these pictures.
     """
     classifier = open_judge(judge)
     known, channels = answers_of(classifier), classifier.config.in_channels
@@ -122,13 +145,14 @@ def evaluate_classes(
             f"the judge {judge} looks at latents of {channels} channels: expected one of pixels "
             "(train/classifier.py --preset clean)"
         )
+    said = [_made(name, template)[0] if template else name for name in names]
     each = prompts // len(names)
     if not each:
         raise ValueError(f"--prompts {prompts}: expected at least {len(names)}, one for each class of the judge")
     accelerator = start()
     pipe = open_painter(model, lora, lora_weight, accelerator.device)
     told = is_told(pipe)
-    asked = [name if told else "" for name in names for _ in range(each)]
+    asked = [prompt if told else "" for prompt in said for _ in range(each)]
     how = Painting(seed=seed, batch=batch)
     painted = paint_samples(pipe, asked, out / "samples", how, accelerator, reference=digest(*asked))
     images = [painted[i].image for i in range(len(painted))]
@@ -136,18 +160,20 @@ def evaluate_classes(
     shown = [image for i in range(len(names)) for image in images[i * each : i * each + min(each, SHOWN)]]
     if accelerator.is_main_process:
         grid(shown, columns=2 * min(each, SHOWN)).save(out / "samples.png")
-    result: dict = {"model": model, "judge": str(judge), "pictures": len(images), "seed": seed}
+    notes = json.loads((out / "samples" / NOTES).read_text())
+    result: dict = {"model": model, "pictures": len(images), "painted": notes}
+    result["judge"] = open_extractor(str(judge)).described()
     if told:
         right = found == torch.arange(len(names)).repeat_interleave(each)
         by_class = right.view(len(names), each).float().mean(1)
-        result |= {"right": float(right.float().mean()), "by_class": dict(zip(names, by_class.tolist(), strict=True))}
-        accelerator.print(f"{result['right']:.1%} of {len(images)} pictures are what was asked for, says {judge}")
+        result |= counted(int(right.sum()), len(images))
+        result["by_class"] = dict(zip(names, by_class.tolist(), strict=True))
+        accelerator.print(f"{in_percent(result)} of {len(images)} pictures are what was asked for, says {judge}")
     else:
         shares = torch.bincount(found, minlength=len(names)) / len(images)
         result["share_of_class"] = dict(zip(names, shares.tolist(), strict=True))
         accelerator.print(", ".join(f"{name} {share:.1%}" for name, share in result["share_of_class"].items()))
     if accelerator.is_main_process:
-        with written_aside(out / "evaluation.json") as partial:
-            partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_result(out / "evaluation.json", result, _of)
     accelerator.print(f"figures and sheet in {out}")
     return result

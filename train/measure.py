@@ -14,21 +14,22 @@ from accelerate import Accelerator
 
 from ldm.schedule import VariancePreserving
 from pipelines import TextToImagePipeline
-from pipelines.files import newest
 from train.bits import Method, measure_bits
-from train.data import written_aside
 from train.extractors import Extractor, open_extractor
 from train.folders import FolderSource, open_pictures, pictures_in
+from train.hashes import FileHashes
 from train.judge import right_by_caption
 from train.launch import start
 from train.metrics import clip_score, diversity, frechet_distance, kernel_distance, precision_recall
 from train.neighbours import in_words, memorisation
-from train.recogniser import ACCURACY, Recogniser
+from train.recogniser import Recogniser
 from train.reference import Reference, open_reference
+from train.results import joined, write_result
 from train.samples import (
     NOTES,
     Painting,
     common_side,
+    drawn_rows,
     is_model,
     is_told,
     model_digest,
@@ -37,11 +38,12 @@ from train.samples import (
     prompts_of,
     read_samples,
 )
-from train.sources import describe, open_source
+from train.sources import Drawn, describe, open_source
 
 FILE = "metrics.json"
-OF_PICTURES = ("model", "weights", "samples_hash", "painted", "size", "extractor")  # alike for all numbers of a file
+OF_PICTURES = ("weights", "samples_hash", "painted", "size")  # alike, as the extractor, for all numbers side by side
 METRICS = ("fid", "kid", "precision", "recall", "clip", "diversity", "accuracy", "bpd")
+BITS_OF = "held_out"  # of drawn sets
 PAIRED = {"kid", "precision", "recall"}
 PAIRS = 10_000  # pictures of each set, at most, whose distances or products with one another are computed
 FEWEST = {"fid": 2, "kid": 4, "precision": 4, "recall": 4}  # pictures of each set
@@ -95,19 +97,23 @@ def measure(how: Measuring, pipe: TextToImagePipeline | None = None) -> dict[str
         pipe = open_painter(how.model, how.lora, how.lora_weight, accelerator.device)
     elif pipe is None and how.lora:
         raise ValueError(f"--lora {how.lora[0]} is loaded into a model, and {how.model} is a folder of pictures")
+    if how.clip and "clip" not in how.wanted:
+        raise ValueError(f"--clip {how.clip} is of the CLIP score: add clip to --metrics {how.metrics}")
     if "bpd" in how.wanted:
         _check_bits(how, pipe)
     result: dict[str, Any] = {"model": how.model, "weights": pipe and model_digest(pipe), "metrics": []}
+    bits = None
+    if "bpd" in how.wanted and pipe is not None and accelerator.is_main_process:
+        bits = _bits(how, pipe)  # first: it may find out what is wrong with the pictures
     if set(how.wanted) - {"bpd"} or how.training:
         _of_features(how, pipe, accelerator, result)
     else:
         _check_out(how, {"data": how.reference})
         result["reference"] = {"data": how.reference}
-    if "bpd" in how.wanted and pipe is not None and accelerator.is_main_process:
-        bits = _bits(how, pipe)
+    if bits:
         result["metrics"].append(bits)
-        spread = f"{bits['value']:.4f} ± {bits['deviation']:.4f}"
-        say(f"bits per dimension: {spread} [by the {bits['method']}, {bits['pictures']} pictures of {how.reference}]")
+        line = "bits per dimension: {value:.4f} ± {standard_error:.4f} [by the {method}, {pictures} pictures of the "
+        say((line + "{split} set {hash} at {size}×{size}, seed {seed}]").format(**bits))
         _write(how, result)
     if accelerator.is_main_process:
         say(f"written to {how.out / FILE}")
@@ -117,16 +123,17 @@ def measure(how: Measuring, pipe: TextToImagePipeline | None = None) -> dict[str
 
 
 def _write(how: Measuring, result: dict[str, Any]) -> None:
-    """Numbers of the same pictures that are there already stay in their places."""
-    how.out.mkdir(parents=True, exist_ok=True)
-    before = json.loads(file.read_text(encoding="utf-8")) if (file := how.out / FILE).is_file() else {}
-    if all(before.get(key, here) == here for key in OF_PICTURES if (here := result.get(key)) is not None):
-        new = {one["metric"]: one for one in result["metrics"]}
-        metrics = [new.pop(one["metric"], one) for one in before.get("metrics", [])] + list(new.values())
-        reference = before.get("reference", {}) | result["reference"]
-        result = before | result | {"metrics": metrics, "reference": reference}
-    with written_aside(file) as partial:
-        partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Beside what the file holds of the same pictures and extractor; of others, it stays as it is."""
+
+    def of(one: dict[str, Any]) -> dict[str, Any]:
+        return {key: one.get(key) for key in OF_PICTURES} | {"extractor": one.get("extractor", {}).get("hash")}
+
+    def join(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+        new = {one["metric"]: one for one in now["metrics"]}
+        metrics = [new.pop(one["metric"], one) for one in before["metrics"]] + list(new.values())
+        return joined(before, now) | {"metrics": metrics}
+
+    write_result(how.out / FILE, result, of, join)
 
 
 def _check_out(how: Measuring, reference: dict[str, Any]) -> None:
@@ -198,7 +205,7 @@ def _of_features(
                 "each"
             )
     if "accuracy" in how.wanted:
-        _right(extractor, reference)  # which says what it can't judge
+        _right(extractor, reference, how.template)  # which says what it can't judge
     training = None
     if how.training:
         plain = replace(how, template="")
@@ -216,12 +223,15 @@ def _of_features(
     if not accelerator.is_main_process:
         return
     result |= {"samples": len(samples), "samples_hash": samples.hash, "size": size, "reference": said}
-    result["extractor"] = _described(extractor)
-    if len(samples) <= (dim := samples.moments().mean.numel()) and "fid" in how.wanted:
-        say(
-            f"warning: {len(samples)} samples, and {dim} features: a covariance of fewer samples than features is "
-            "singular, and the Fréchet distance far too large; compare it only at equal counts"
-        )
+    result["extractor"] = extractor.described()
+    if "fid" in how.wanted:
+        dim = samples.moments().mean.numel()
+        for count, what in ((len(samples), "samples"), (len(reference), "pictures of --reference")):
+            if count <= dim:
+                say(
+                    f"warning: {count} {what}, and {dim} features: a covariance of fewer pictures than features is "
+                    "singular, and the Fréchet distance far off; compare it only at equal counts"
+                )
     for found in _numbers(how, samples, reference, extractor, clip, embedded):
         result["metrics"].append(found)
         say(_line(found, size, reference, clip if found["metric"] == "clip" else extractor))
@@ -258,7 +268,7 @@ def _numbers(
         yield {"metric": metric, "name": name, "value": mean, "deviation": deviation, **some}
     if wanted & {"precision", "recall"}:
         equal = min(len(ours), len(theirs))  # as that paper has it: the supports grow with the counts
-        support = precision_recall(theirs[_some(len(theirs), equal)], ours[_some(len(ours), equal)])
+        support = precision_recall(theirs[drawn_rows(len(theirs), equal)], ours[drawn_rows(len(ours), equal)])
         alike = {"samples": equal, "pictures": equal, "k": 3}
         for metric in ("precision", "recall"):
             if metric in wanted:
@@ -266,26 +276,27 @@ def _numbers(
     if "clip" in wanted:
         yield _clip(embedded, clip)
     if "accuracy" in wanted:
-        real = _right(extractor, reference)
-        for task, share in _right(extractor, samples).items():
-            both = {"value": share, "reference_value": real[task], **counts}
+        (real, pictures), (shares, judged) = (_right(extractor, z, how.template) for z in (reference, samples))
+        for task, share in shares.items():
+            both = {"value": share, "reference_value": real[task], "samples": judged, "pictures": pictures}
             yield {"metric": f"{task} accuracy", "name": f"{task} right, by {extractor.name}", **both}
     if "diversity" in wanted:
-        (value, groups), (real_value, real_groups) = map(_diversity, (samples, reference))
+        told = all(any(pictures.captions) for pictures in (samples, reference))
+        (value, groups), (real_value, real_groups) = (_diversity(z, by_caption=told) for z in (samples, reference))
         more: dict[str, Any] = {"value": value if groups else None}
         more |= {"reference_value": real_value if real_groups else None}
-        more |= {"prompts": groups, "reference_captions": real_groups, **some}
-        yield {"metric": "diversity", "name": f"diversity within a prompt {on}", **more}
+        if told:
+            more |= {"prompts": groups, "reference_captions": real_groups}
+        of = "within a prompt" if told else "of all"
+        yield {"metric": "diversity", "name": f"diversity {of} {on}", **more, **some}
 
 
-def _some(count: int, wanted: int) -> torch.Tensor:
-    """`wanted` of `count` rows, spread evenly."""
-    return torch.arange(wanted) * count // wanted
-
-
-def _diversity(pictures: Reference) -> tuple[float, int]:
-    chosen = _some(len(pictures), min(len(pictures), PAIRS)).tolist()
-    return diversity(pictures.features()[chosen], [pictures.captions[i] for i in chosen])
+def _diversity(pictures: Reference, *, by_caption: bool) -> tuple[float, int]:
+    """Among pictures of one caption, those without left out; or among all."""
+    rows = [i for i, caption in enumerate(pictures.captions) if caption or not by_caption]
+    chosen = [rows[i] for i in drawn_rows(len(rows), PAIRS)]
+    groups = [pictures.captions[i] if by_caption else "" for i in chosen]
+    return diversity(pictures.features()[chosen], groups)
 
 
 def _clip(embedded: Reference, clip: Extractor) -> dict[str, Any]:
@@ -299,23 +310,18 @@ def _clip(embedded: Reference, clip: Extractor) -> dict[str, Any]:
             texts.append(clip.embed([embedded.captions[i] for i in part.tolist()]).float().cpu())
     value = clip_score(embedded.features()[said], torch.cat(texts))
     found = {"metric": "clip", "name": f"CLIP score by {clip.name}", "value": value, "samples": len(said)}
-    return found | {"clip": _described(clip)}
+    return found | {"clip": clip.described()}
 
 
-def _right(extractor: Extractor, pictures: Reference) -> dict[str, float]:
-    """Share of the pictures in which the extractor sees what their captions say, by task."""
+def _right(extractor: Extractor, pictures: Reference, template: str) -> tuple[dict[str, float], int]:
+    """Share of the pictures in which the extractor sees what their captions say, by task; of how many."""
     if not isinstance(extractor.network, Recogniser):
         raise ValueError(f"accuracy is the verdict of a run of train/recogniser.py, and {extractor.name} is none")
     said = [i for i, caption in enumerate(pictures.captions) if caption]
     if not said:
         raise ValueError("accuracy needs captions that say what pictures show: there are none")
-    return right_by_caption(extractor.network, pictures.features()[said], [pictures.captions[i] for i in said])
-
-
-def _described(extractor: Extractor) -> dict[str, Any]:
-    said: dict[str, Any] = {"name": extractor.name, "hash": extractor.digest, "resize": extractor.resize}
-    accuracy = newest(Path(extractor.name).expanduser()) / ACCURACY
-    return said | ({"accuracy": json.loads(accuracy.read_text())} if accuracy.is_file() else {})
+    captions = [pictures.captions[i] for i in said]
+    return right_by_caption(extractor.network, pictures.features()[said], captions, template), len(said)
 
 
 def _line(found: dict[str, Any], size: int, reference: Reference, extractor: Extractor) -> str:
@@ -349,7 +355,7 @@ def _check_bits(how: Measuring, pipe: TextToImagePipeline | None) -> None:
 def _told_pictures(how: Measuring, pipe: TextToImagePipeline) -> Any:
     """The reference as bits are measured on it: with captions, which may be empty where the model is told nothing."""
     told, silent = is_told(pipe), lambda *_: None
-    source = _open_real(how, how.reference, pipe.model.size, needed=told, say=silent, split="held_out")
+    source = _open_real(how, how.reference, pipe.model.size, needed=told, say=silent, split=BITS_OF)
     if not told and isinstance(source, FolderSource):
         source = replace(source, captions=[said or ("",) for said in source.captions])
     return source
@@ -358,7 +364,9 @@ def _told_pictures(how: Measuring, pipe: TextToImagePipeline) -> Any:
 def _bits(how: Measuring, pipe: TextToImagePipeline) -> dict[str, Any]:
     """By the bound, or by the flow on a path that has no table of rows."""
     method: Method = "elbo" if isinstance(pipe.model.schedule, VariancePreserving) else "flow"
-    options: dict[str, Any] = {"cache": how.cache, "seed": how.painting.seed, "source": _told_pictures(how, pipe)}
-    found = measure_bits(how.model, how.reference, method=method, **options)
-    numbers = {"value": found["bits_per_dim"], "deviation": found["standard_error"], "pictures": found["pictures"]}
-    return {"metric": "bpd", "name": "bits per dimension", "method": method, **numbers}
+    source, seed = _told_pictures(how, pipe), how.painting.seed
+    found = measure_bits(how.model, how.reference, method=method, seed=seed, workers=how.workers, source=source)
+    numbers = {"value": found["bits_per_dim"], "standard_error": found["standard_error"], "pictures": found["pictures"]}
+    of = {"split": BITS_OF if isinstance(source, Drawn) else "given", "hash": source.fingerprint(FileHashes(how.cache))}
+    said = {"method": method, "seed": seed, "size": pipe.model.size, **of}
+    return {"metric": "bpd", "name": "bits per dimension", **numbers, **said}

@@ -41,10 +41,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for the hidden matrices of a network, a convolution's kernel [out, in, y, x] being one [out, in * y * x].
 
-    AdamW moves the rest: biases, norms, embeddings, and each first and last layer (`conv_in`, `conv_out`), as the
-    authors advise. Steps are scaled to the size of AdamW's (J. Liu et al., "Muon is scalable for
-    LLM training", 2025, eq. 4), so that one rate serves both, but it may be
-    larger than for AdamW alone: 2e-3 to 3e-3 where that takes 1e-3.
+    AdamW moves the rest: biases, norms, embeddings, and each first and last convolution (`conv_in`, `conv_out`), as the
+    authors advise; a last layer that is linear, as a recogniser's, stays with Muon. Steps are scaled to the size of
+    AdamW's (J. Liu et al., "Muon is scalable for LLM training", 2025, eq. 4), so that one rate serves both, but it may
+    be larger than for AdamW alone: 2e-3 to 3e-3 where that takes 1e-3.
 
     dtype: in which matrices are orthogonalized; bfloat16 is enough and, where it is native, three times as fast.
     """

@@ -30,13 +30,13 @@ from pipelines.files import fill, newest, read_json, read_weights, save_network
 from train.answers import Tasks, augmented, is_drawn, numbered, read_answers, softened
 from train.config import parse
 from train.data import batch_indices, generator, permutation, to_unit
+from train.extractors import ACCURACY
 from train.launch import MixedPrecision, matrix_type, start
 from train.muon import Muon
 from train.state import clamp_warmup, learning_rate, resume, save_checkpoint
 
 BEFORE_LOGITS = 1 / 9  # that paper's: logits of an untrained network are small
 SMOOTHING = 0.2  # of the answers, likewise
-ACCURACY = "accuracy.json"  # in a checkpoint: the share of unseen pictures that is right, by task
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,8 @@ def main(config: Config) -> Path:
     global_batch = config.batch_size * accelerator.num_processes
     updates, update = -(-config.epochs * len(shown) // global_batch), 0
     warmup = clamp_warmup(config.warmup, updates, accelerator.print)
-    if found := resume(config.output, config, may_change=("workers", "cache", "checkpoint_every")):
+    free = ("workers", "cache", "checkpoint_every", "batch_size")
+    if found := resume(config.output, config, may_change=free, global_batch=global_batch):
         folder, state = found
         update = state["update"]
         network.load_state_dict(read_weights(folder))
@@ -300,7 +301,8 @@ def main(config: Config) -> Path:
                     save_network(network, folder)
                     (folder / ACCURACY).write_text(json.dumps(shares | {"pictures": len(truth)}) + "\n")
 
-                saved = save_checkpoint(config.output, update, write, {"optimizer": optimizer.state_dict()}, config)
+                kept = {"optimizer": optimizer.state_dict(), "global_batch": global_batch}
+                saved = save_checkpoint(config.output, update, write, kept, config)
                 accelerator.log({f"accuracy/{task}": share for task, share in shares.items()}, update)
                 right = ", ".join(f"{task} {share:.2%}" for task, share in shares.items())
                 tqdm.write(f"update {update}: right of {len(truth)} unseen pictures: {right}; saved {saved}")

@@ -7,6 +7,7 @@ that lack, by any number of processes.
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from conditioning.labels import Labels
 from pipelines import TextToImagePipeline
 from pipelines.files import checkpoints, newest
 from train.cache import weights_digest
-from train.data import batch_indices, written_aside
+from train.data import batch_indices, permutation, written_aside
 from train.folders import FolderSource, open_pictures
 from train.pictures import PICTURES, digest
 
@@ -129,8 +130,10 @@ def paint_samples(
                     image.save(partial, format="png")
     if accelerator.is_main_process and any(prompts):
         rows = [{"file_name": file.name, "text": said} for file, said in zip(files, prompts, strict=True)]
-        with written_aside(folder / "metadata.jsonl") as partial:
-            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        known = captions.read_text("utf-8").splitlines() if (captions := folder / "metadata.jsonl").is_file() else []
+        with written_aside(captions) as partial:  # of a longer run before this one the other pictures keep theirs
+            partial.write_text("".join(line + "\n" for line in lines + known[len(lines) :]), encoding="utf-8")
     accelerator.wait_for_everyone()
     return FolderSource(files, [(said,) if said else () for said in prompts], "the prompts")
 
@@ -160,6 +163,11 @@ def is_model(where: str) -> bool:
     return not any(f.suffix.lower() in PICTURES for f in folder.rglob("*"))
 
 
+def drawn_rows(count: int, most: int | None) -> list[int]:
+    """`most` of `count` rows in their order, drawn once and for all: the first ones may be all of one class."""
+    return permutation(count, 0, 0)[:most].sort().values.tolist()
+
+
 def read_samples(folder: str, count: int | None, say: Any = print) -> FolderSource:
     """The pictures of a folder and of those below it in the order of their names, `count` of them or all, with their
     captions, where there are any, as training finds them."""
@@ -167,12 +175,19 @@ def read_samples(folder: str, count: int | None, say: Any = print) -> FolderSour
     found = open_pictures(place, say=say)
     if count is not None and count > len(found):
         raise ValueError(f"--samples {count}: {folder} holds {len(found)} pictures")
-    return FolderSource(found.files[:count], found.captions[:count], "the folder")
+    if count in (None, len(found)):
+        return FolderSource(found.files, found.captions, "the folder")
+    say(f"{count} of the {len(found)} pictures in {folder}, drawn at random, always the same")
+    rows = drawn_rows(len(found), count)
+    return FolderSource([found.files[i] for i in rows], [found.captions[i] for i in rows], "the folder")
 
 
 def common_side(source: FolderSource) -> int:
     """Of pictures that are all squares of one size; ValueError for others."""
-    sizes = {source.picture_size(i) for i in range(len(source))}
+    sizes = set()
+    for i in range(len(source)):
+        with suppress(ValueError):  # broken, which is counted when it is read
+            sizes.add(source.picture_size(i))
     if len(sizes) != 1 or (side := next(iter(sizes)))[0] != side[1]:
         some = ", ".join(f"{w}×{h}" for w, h in sorted(sizes)[:4])
         raise ValueError(

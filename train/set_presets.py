@@ -9,8 +9,8 @@ from ldm.unet import UNetConfig
 from train.settings import SMALL, Config
 
 # EDM in pixel space (arXiv:2206.00364, table 1), as S. Nguyen, "Diffusion model" (lecture, 2023), has it: its network,
-# its batches of 32, no EMA, Adam at 1e-4, a fifth of the labels dropped, 50 Euler steps. As everywhere here, Adam's
-# betas are 0.9 and 0.99, gradients are clipped at a norm of 1, and the rate warms up for 100 updates.
+# its batches of 32, no EMA, Adam at 1e-4 from the first update on, a fifth of the labels dropped, 50 Euler steps. As
+# everywhere here, Adam's betas are 0.9 and 0.99, and gradients are clipped at a norm of 1.
 PIXELS = Config(
     data="",
     vae="none",
@@ -26,6 +26,7 @@ PIXELS = Config(
     learning_rate=1e-4,
     optimizer="adamw",
     schedule="constant",
+    warmup=0,
     ema_decay=0.0,
     batch_size=32,
     steps=50,

@@ -1,0 +1,59 @@
+"""Files of figures: what is measured next stands beside what was measured before, and nothing is lost."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from train.data import written_aside
+
+Result = dict[str, Any]
+
+
+def joined(before: Result, now: Result) -> Result:
+    """Both, at all depths; where both say something, what is said now. None says nothing."""
+    both = dict(before)
+    for key, value in now.items():
+        if isinstance(value, dict) and isinstance(before.get(key), dict):
+            both[key] = joined(before[key], value)
+        elif value is not None or key not in before:
+            both[key] = value
+    return both
+
+
+def write_result(
+    file: Path, now: Result, of: Callable[[Result], Result], join: Callable[[Result, Result], Result] = joined
+) -> None:
+    """Writes a result to a JSON file.
+
+    of: what a result is of, each as a JSON value; None where it does not say. With one of the same things that the file
+    holds, it is joined; those of other things stay, whole, under "earlier".
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    others = [before, *before.pop("earlier", [])] if before else []
+    if same := next((other for other in others if _alike(of(other), of(now))), None):
+        others.remove(same)
+        now = join(same, now)
+    with written_aside(file) as partial:
+        told = now | ({"earlier": others} if others else {})
+        partial.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def counted(right: int, of: int) -> Result:
+    """A share, and the 95% interval of the chance behind it (Wilson, 1927)."""
+    z, share = 1.959964, right / of
+    middle = (share + z**2 / (2 * of)) / (1 + z**2 / of)
+    half = z / (1 + z**2 / of) * math.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2)
+    return {"right": share, "interval_95%": [max(0.0, middle - half), min(1.0, middle + half)]}
+
+
+def in_percent(found: Result) -> str:
+    """What a person is told of `counted`."""
+    low, high = found["interval_95%"]
+    return f"{found['right']:.1%} ({low:.0%} to {high:.0%})"
+
+
+def _alike(one: Result, other: Result) -> bool:
+    return all(None in (one[key], other[key]) or one[key] == other[key] for key in one)
