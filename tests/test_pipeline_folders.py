@@ -142,7 +142,7 @@ def test_what_a_scheduler_config_says_reaches_the_sampler() -> None:
         assert grid_of(spaced, schedule, sampler) == Grid("exponential", offset=1)
         assert grid_of(spaced, schedule, sampler, "karras").spacing == "karras"
     for sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc"):
-        assert grid_of(spaced, schedule, sampler) == Grid("karras", offset=1, final="sigma_min", extra=1)
+        assert grid_of(spaced, schedule, sampler) == Grid("karras", offset=1, final="sigma_min")
     assert grid_of(spaced, schedule, "plms").spacing == "trailing"  # it knows no ramps
     config = {"_class_name": "UniPCMultistepScheduler", "solver_order": 3}
     assert sampler_options(config, "unipc", 0.0) == {"order": 3}
