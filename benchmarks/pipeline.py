@@ -122,7 +122,7 @@ class Warm:
 
     def __init__(self, script: str):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tempfile.gettempdir()}
-        self.process = subprocess.Popen([sys.executable, "-c", script], **pipes)  # type: ignore[call-overload]
+        self.process = subprocess.Popen([sys.executable, "-c", script], **pipes)
         self._answer()
 
     def seconds(self, pictures: int) -> float:

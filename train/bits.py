@@ -144,12 +144,12 @@ def _told(model: Model, context: dict[str, Tensor]) -> Denoise:
 def _of_pixels(
     vae: Identity, images: Tensor, denoise: Denoise, draws: list[torch.Generator], nats: Nats, method: Method
 ) -> Tensor:
-    grey_levels = ((vae.encode(images).mean + 1) * 127.5).round()  # [B, 1 or 3, H, W]; a mean of three is none yet
-    x0 = grey_levels / 127.5 - 1
+    levels = ((vae.encode(images).mean + 1) * 127.5).round()  # [B, 1 or 3, H, W]; a mean of three is none yet
+    x0 = levels / 127.5 - 1
     if method in FORMS:
         return bits_per_dim(nats(denoise, x0, draws), x0[0].numel())
     uniform = torch.stack([torch.rand(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
-    x0 = dequantise(grey_levels, uniform)
+    x0 = dequantise(levels, uniform)
     return bits_per_dim(nats(denoise, x0, draws), x0[0].numel(), PIXEL)
 
 

@@ -234,9 +234,8 @@ def evaluate(
         source = paint_samples(pipe, asked, out / "samples" / name, how, accelerator, reference=digest(*asked))
         return [source[i].image for i in range(len(source))]
 
-    extractor = open_extractor(str(judge)) if judge else None
     result: dict = {"model": str(model), "objects": len(objects), "seed": seed, "judge": "nearest in 32×32 pixels"}
-    result["judged_by"] = extractor and extractor.described()
+    result["judged_by"] = open_extractor(str(judge)).described() if judge else None
     for split, count in zip(SPLITS, (prompts, prompts // 2), strict=True):
         rows = draw_rows(split, count, objects, seed, font)
         if not (count := len(rows)):
@@ -254,8 +253,8 @@ def evaluate(
         result[split] = {"prompts": count, **counted(count - len(misses), count), "misses": misses}
         result[split] |= {"seconds_per_picture": seconds, "pairs": len({row[:2] for row in rows})}
         result[split]["painted"] = json.loads((out / "samples" / split / NOTES).read_text())
-        of = f"{count} of {result[split]['pairs']} pairs"
-        say(f"{split} pairs: {in_percent(result[split])} of {of} closest to their own object")
+        of = f"{count} prompts of {result[split]['pairs']} pairs"
+        say(f"{split}: {in_percent(result[split])} of {of} closest to their own object")
         if network and judge:
             drawn = judged(network, drawn_afresh(rows, pipe.model.size, font), rows)
             result[split] |= {"judged": judged(network, images, rows), "judged_drawings": drawn}
