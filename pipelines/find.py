@@ -6,6 +6,7 @@ from pathlib import Path
 from pipelines.files import newest
 
 BUNDLED = Path(__file__).parent / "bundled"
+STUDENT = "bundled-student"  # the name of the LoRA in it that paints in few steps
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"  # diffusers' names
 
 
@@ -64,13 +65,13 @@ def find_file(where: str | Path, names: Sequence[str]) -> Path:
 
     Args:
         where: the file; or a folder that has one of `names` or one such file only (a training run's folder stands for
-            its newest checkpoint); or owner/name of the Hugging Face hub, which has the first of `names`; or
-            owner/name/file.safetensors there. Nothing but that file is fetched.
+            its newest checkpoint); or "bundled-student", beside the bundled model; or owner/name of the Hugging Face
+            hub, which has the first of `names`; or owner/name/file.safetensors there. Nothing but that file is fetched.
 
     Raises:
         ValueError: there is none, or it is pickled.
     """
-    path = Path(where).expanduser()
+    path = BUNDLED / "student" if str(where) == STUDENT else Path(where).expanduser()
     if path.is_dir():
         folder = newest(path)
         found = [folder / name for name in names if (folder / name).is_file()] or sorted(folder.glob("*.safetensors"))
