@@ -85,6 +85,23 @@ def test_every_model_and_sampler_has_a_line_of_its_own(quality: dict[str, Any]) 
     assert quality["line_of"](runs[0], "size") == ""
 
 
+@pytest.mark.parametrize(
+    ("metric", "metrics", "asked"),
+    [
+        ("frechet", "fid", True),
+        ("kernel", "fid, kid", True),
+        ("kernel", "fid", False),
+        ("fid", "kid,fid", True),
+        ("style accuracy", "fid,accuracy", True),
+        ("style accuracy", "fid", False),
+    ],
+)
+def test_numbers_of_other_features_go_by_the_names_that_were_asked_for(
+    quality: dict[str, Any], metric: str, metrics: str, asked: bool
+) -> None:
+    assert quality["is_asked"](metric, metrics) == asked
+
+
 def test_what_can_not_be_drawn_is_said_first(quality: dict[str, Any], options: Any, tmp_path: Path) -> None:
     options = replace(options, work=tmp_path / "work")
     with pytest.raises(ValueError, match="bpd hangs on no sampler"):

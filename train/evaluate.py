@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 
 from pipelines import TextToImagePipeline
@@ -29,7 +31,7 @@ from train.judge import answers_of, open_judge, verdicts
 from train.launch import start
 from train.metrics import diversity
 from train.neighbours import in_words, memorisation
-from train.pictograms import Pictograms, Row, captions, objects_of, paint
+from train.pictograms import GROUNDS, STYLES, Pictograms, Row, captions, objects_of, paint
 from train.pictures import Example, digest
 from train.recogniser import Recogniser
 from train.reference import Reference, open_reference
@@ -61,6 +63,19 @@ def nearest(image: Image.Image, row: Row, objects: tuple[str, ...], font: str | 
     known = candidates(objects, row.style, row.ground, image.width, font)
     distances = np.square(known - small(image)).sum(-1).min(1)
     return objects[int(distances.argmin())]
+
+
+def all_nearest(
+    images: Sequence[Image.Image], rows: Sequence[Row], objects: tuple[str, ...], font: str | None = None
+) -> list[str]:
+    """The `nearest` of each picture; each process draws the candidates of its own styles and grounds."""
+    state, looks = PartialState(), [(style, ground) for style in STYLES for ground in GROUNDS]
+    mine = [
+        (i, nearest(image, row, objects, font))
+        for i, (image, row) in enumerate(zip(images, rows, strict=True))
+        if looks.index((row.style, row.ground)) % state.num_processes == state.process_index
+    ]
+    return [found for _, found in sorted(gather_object(mine))]
 
 
 def draw_rows(
@@ -245,7 +260,7 @@ def evaluate(
         there, began = any((out / "samples" / split).glob("*.png")), time.perf_counter()
         images = painted(split, asked)
         seconds = None if there else (time.perf_counter() - began) / count  # of all that were painted now
-        found = [nearest(image, row, objects, font) for image, row in zip(images, rows, strict=True)]
+        found = all_nearest(images, rows, objects, font)
         misses = [f"{row.style} {row.object} -> {f}" for row, f in zip(rows, found, strict=True) if f != row.object]
         said = [a if f == row.object else f"wrong ({f}): {a}" for a, f, row in zip(asked, found, rows, strict=True)]
         if accelerator.is_main_process:
