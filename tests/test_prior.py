@@ -25,7 +25,7 @@ def config(pictures: Path, model_folder: Path, tmp_path: Path) -> Config:
         model=str(model_folder),
         output=tmp_path / "run",
         cache=tmp_path / "cache",
-        prior="a square",
+        prior=("a square", "a red circle", "a tree"),
         prior_pictures=18,
         updates=2,
         batch_size=4,
@@ -61,6 +61,8 @@ def test_two_processes_paint_what_one_does(config: Config, tmp_path: Path) -> No
     whole = painted(alone.output)
     assert list(whole) == [f"{i:05d}.png" for i in range(18)]
     assert len(set(whole.values())) == 18
+    told = [(alone.output / "prior" / name).with_suffix(".txt").read_text() for name in whole]
+    assert told == 6 * list(config.prior)
 
     shares: list[set[str]] = []
 

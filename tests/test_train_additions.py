@@ -145,7 +145,7 @@ def test_the_prior_is_painted_once_and_is_half_of_what_is_seen(
     drawn = train.ldm.draw_batch
     monkeypatch.setattr(train.ldm, "draw_batch", lambda *a, **kw: seen.append(drawn(*a, **kw)) or seen[-1])
     config = replace(
-        tuning, output=tmp_path, prior="a square", prior_pictures=4, prior_weight=0.25, caption_dropout=0.0
+        tuning, output=tmp_path, prior=("a square",), prior_pictures=4, prior_weight=0.25, caption_dropout=0.0
     )
     main(replace(config, updates=8))
     files = sorted((tmp_path / "prior").glob("*.png"))

@@ -1,7 +1,8 @@
-"""Pictures that keep a word what it is while a model learns something new (DreamBooth, arXiv:2208.12242, section 3.3).
+"""Pictures that keep words what they are while a model learns something new (DreamBooth, arXiv:2208.12242, sec. 3.3).
 
-They are painted by the model itself before it is trained, and are then half of what it sees. Picture i has the seed
---seed + i and is always painted with the same others: any number of processes paint the same pictures.
+They are painted by the model itself before it is trained, and are then half of what it sees: of one caption, the kind
+of the new thing, as in the paper, or of many in turn, so that it keeps its colours and styles, too. Picture i has the
+seed --seed + i and is always painted with the same others: any number of processes paint the same pictures.
 """
 
 from pathlib import Path
@@ -38,12 +39,13 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
     pipe = TextToImagePipeline(model)
     pipe.set_progress_bar_config(disable=True)
     quiet = not accelerator.is_main_process or not share
-    for start in tqdm(share, desc=f"painting {config.prior!r}", unit="batch", disable=quiet):
+    for start in tqdm(share, desc="painting what shall stay", unit="batch", disable=quiet):
         batch = files[start : start + BATCH]
-        call = {"seed": config.seed + start, "num_images_per_prompt": len(batch), "height": size, "width": size}
-        for file, image in zip(batch, pipe(config.prior, **call).images, strict=True):
+        captions = [config.prior[i % len(config.prior)] for i in range(start, start + len(batch))]
+        painted = pipe(captions, seed=config.seed + start, height=size, width=size).images
+        for file, image, caption in zip(batch, painted, captions, strict=True):
             image.save(file)
-            file.with_suffix(".txt").write_text(config.prior)  # written last: says that the picture is whole
+            file.with_suffix(".txt").write_text(caption, encoding="utf-8")  # last: says that the picture is whole
     accelerator.wait_for_everyone()
     if lacking := _missing(files):
         raise ValueError(

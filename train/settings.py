@@ -39,8 +39,8 @@ class Config:
     token: str = ""  # learn this new word of --model's text encoder, and nothing else (textual inversion)
     token_from: str = ""  # a known word that it begins as, such as "toy"
     token_vectors: int = 1  # how many vectors the word stands for
-    prior: str = ""  # a caption such as "a dog", of which --model paints pictures that keep it what it is (DreamBooth)
-    prior_pictures: int = 200  # how many of them; half of what is seen is theirs
+    prior: tuple[str, ...] = ()  # captions, "a dog" or many: --model paints them first, and they stay so (DreamBooth)
+    prior_pictures: int = 200  # how many pictures of them, in turn; half of what is seen is theirs
     prior_weight: float = 1.0  # of their loss
     inpainting: bool = False  # the U-Net is also told a mask and what lies around it
     unet: UNetConfig | PixelUNetConfig = SMALL  # of a new model; channels follow the autoencoder and the encoder
@@ -122,6 +122,8 @@ class Config:
             raise ValueError(
                 "--inpainting teaches the whole U-Net: leave out --token, --lora-rank, and --train of others"
             )
+        if not all(caption.strip() for caption in self.prior):
+            raise ValueError(f"--prior {self.prior}: expected captions of what shall stay as it is, such as 'a dog'")
         if self.prior and (self.template or self.streaming):
             raise ValueError(
                 "--prior wants pictures with captions of their own here: leave out --template, --streaming"
