@@ -41,7 +41,7 @@ class Paint:
     classifier_scale: float = 1.0
     """Of its guidance; 1 is the class's own distribution."""
     lora: tuple[str, ...] = ()
-    """LoRA files, folders, training runs or hub ids; several add up."""
+    """LoRA files, folders, training runs, hub ids or "bundled-student"; several add up."""
     lora_weight: tuple[float, ...] = (1.0,)
     """Of each --lora, or one for all: 1 as it was trained."""
     embedding: tuple[str, ...] = ()
