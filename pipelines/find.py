@@ -71,7 +71,9 @@ def find_file(where: str | Path, names: Sequence[str]) -> Path:
     Raises:
         ValueError: there is none, or it is pickled.
     """
-    path = BUNDLED / "student" if str(where) == STUDENT else Path(where).expanduser()
+    path = BUNDLED / "student" if where == STUDENT else Path(where).expanduser()
+    if where == STUDENT and not path.is_dir():
+        raise ValueError(f"the bundled model's student is not in {path}: install from a complete checkout")
     if path.is_dir():
         folder = newest(path)
         found = [folder / name for name in names if (folder / name).is_file()] or sorted(folder.glob("*.safetensors"))

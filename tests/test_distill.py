@@ -30,7 +30,7 @@ def teacher(pixels: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(pixels: Settings, teacher: Path) -> Config:
-    data = {name: getattr(pixels, name) for name in ("data", "cache", "workers", "prompts", "mixed_precision")}
+    data = {name: getattr(pixels, name) for name in ("data", "cache", "workers", "prompts")}
     return replace(
         PRESETS["student"], model=str(teacher), updates=4, batch_size=8, warmup=1, checkpoint_every=2, **data
     )

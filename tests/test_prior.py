@@ -87,6 +87,11 @@ def test_two_processes_paint_what_one_does(config: Config, tmp_path: Path) -> No
     again = {int(file.stem) for file, time in times.items() if file.stat().st_mtime_ns != time}
     assert again == set(range(8, 16))
 
+    other_words = replace(config, prior=("a square", "a green circle", "a tree"))  # and no checkpoint yet
+    paint(other_words, Accelerator(cpu=True))
+    assert (config.output / "prior" / "00001.txt").read_text() == "a green circle"
+    assert painted(config.output) != whole
+
 
 @pytest.mark.slow
 def test_two_real_processes_that_are_killed(config: Config, tmp_path: Path) -> None:

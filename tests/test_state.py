@@ -214,6 +214,14 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert resume(tmp_path / "elsewhere", replace(settings, output=tmp_path / "elsewhere")) is not None
 
 
+@pytest.mark.parametrize(("before", "now"), [("", ()), ("a dog", ("a dog",))])
+def test_one_word_is_the_list_of_it(tmp_path: Path, before: str, now: tuple[str, ...]) -> None:
+    save_checkpoint(tmp_path, 1, write, {}, replace(Settings(tmp_path), widths=before))  # type: ignore[arg-type]
+    assert resume(tmp_path, replace(Settings(tmp_path), widths=now)) is not None  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="widths"):
+        resume(tmp_path, replace(Settings(tmp_path), widths=("a dog", "a cat")))  # type: ignore[arg-type]
+
+
 def test_another_global_batch_is_refused(tmp_path: Path) -> None:
     settings = Settings(tmp_path)
     save_checkpoint(tmp_path, 1, write, {"global_batch": 8}, settings)

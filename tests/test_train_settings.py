@@ -48,6 +48,7 @@ def test_settings_that_are_left_open() -> None:
         ({"model": "x", "inpainting": True, "lora_rank": 4}, "--inpainting teaches the whole U-Net"),
         ({"model": "x", "prior": ("a dog",), "streaming": True}, "--prior wants pictures with captions of their own"),
         ({"model": "x", "prior": ("a dog", " ")}, "expected captions of what shall stay as it is"),
+        ({"model": "x", "prior": ("a dog", "a cat"), "prior_pictures": 1}, "one at least of each of 2 captions"),
         ({"prior_pictures": 0}, "--prior-pictures is 0"),
         ({"train": ()}, "expected unet, text_encoder or both"),
         ({"learned_variance": True, "huber": 0.1}, "a loss of its own: leave out --huber"),

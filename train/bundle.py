@@ -1,6 +1,6 @@
-"""Writes the bundled model: what three trainings left, in 8 bits, as the package carries it.
+"""Writes the bundled model: what its trainings left, in 8 bits, as the package carries it.
 
-python train/bundle.py --model runs/bundled --clip runs/bundled-clip --student runs/bundled-student
+python train/bundle.py --model runs/bundled --clip runs/bundled-clip --student runs/student
 """
 
 import shutil
@@ -59,6 +59,8 @@ def main(config: Config) -> None:
         (aside / "student").mkdir()
         halved = {name: tensor.half() for name, tensor in tensors.items()}
         save_file(halved, aside / "student" / LORA, metadata=header)
+    elif (config.out / "student").is_dir():
+        print(f"the student in {config.out} is of the model before: without --student there is none any more")
     if (config.out / "README.md").is_file():
         shutil.copy(config.out / "README.md", aside)
     files = [file for file in aside.rglob("*") if file.is_file()]

@@ -83,7 +83,6 @@ PRESETS = {
         batch_size=32,
         learning_rate=5e-4,
         ema_decay=0.99,
-        mixed_precision="bf16",
     ),
 }
 

@@ -26,12 +26,13 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
     Raises ValueError when they are lost from a run that has learnt already.
     """
     folder = config.output / "prior"
-    files = [folder / f"{i:05d}.png" for i in range(config.prior_pictures)]
+    files = [
+        (folder / f"{i:05d}.png", config.prior[i % len(config.prior)])  # with its caption
+        for i in range(config.prior_pictures)
+    ]
     missing = _missing(files)
     if missing and checkpoints(config.output):
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(files)} pictures, and the model is no longer what it was"
-        )
+        raise ValueError(f"{folder} lacks {missing} of {len(files)} pictures, and the model is no longer what it was")
     folder.mkdir(parents=True, exist_ok=True)
     # Shares of all batches, not of the missing ones: those are fewer for a process that looks when others have begun.
     mine = range(0, len(files), BATCH)[accelerator.process_index :: accelerator.num_processes]
@@ -41,15 +42,15 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
     quiet = not accelerator.is_main_process or not share
     for start in tqdm(share, desc="painting what shall stay", unit="batch", disable=quiet):
         batch = files[start : start + BATCH]
-        captions = [config.prior[i % len(config.prior)] for i in range(start, start + len(batch))]
+        captions = [caption for _, caption in batch]
         painted = pipe(captions, seed=config.seed + start, height=size, width=size).images
-        for file, image, caption in zip(batch, painted, captions, strict=True):
+        for (file, caption), image in zip(batch, painted, strict=True):
             image.save(file)
             file.with_suffix(".txt").write_text(caption, encoding="utf-8")  # last: says that the picture is whole
     accelerator.wait_for_everyone()
     if lacking := _missing(files):
         raise ValueError(
-            f"{folder} lacks {len(lacking)} of {len(files)} pictures, which other processes have painted: --output has "
+            f"{folder} lacks {lacking} of {len(files)} pictures, which other processes have painted: --output has "
             "to be a folder that all of them share"
         )
     source = open_source(config.data, size, font=config.font, views=config.views)
@@ -60,5 +61,7 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
     return data
 
 
-def _missing(files: list[Path]) -> list[Path]:
-    return [file for file in files if not file.with_suffix(".txt").is_file()]
+def _missing(files: list[tuple[Path, str]]) -> int:
+    """How many are not there, or of other captions, as a killed run with another --prior leaves them."""
+    beside = [(file.with_suffix(".txt"), caption) for file, caption in files]
+    return sum(not text.is_file() or text.read_text(encoding="utf-8") != caption for text, caption in beside)

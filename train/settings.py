@@ -124,6 +124,10 @@ class Config:
             )
         if not all(caption.strip() for caption in self.prior):
             raise ValueError(f"--prior {self.prior}: expected captions of what shall stay as it is, such as 'a dog'")
+        if self.prior_pictures < len(self.prior):
+            raise ValueError(
+                f"--prior-pictures {self.prior_pictures}: expected one at least of each of {len(self.prior)} captions"
+            )
         if self.prior and (self.template or self.streaming):
             raise ValueError(
                 "--prior wants pictures with captions of their own here: leave out --template, --streaming"

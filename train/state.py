@@ -234,6 +234,9 @@ def resume(
         return None
     before = json.loads((found[-1] / "training" / "config.json").read_text())
     now = json.loads(json.dumps(asdict(config), default=str))
+    for name in before.keys() & now.keys():  # what is several words now was one in runs of an earlier version
+        if isinstance(before[name], str) and isinstance(now[name], list):
+            before[name] = [before[name]] if before[name] else []
     changed = [k for k in now if k not in (*may_change, "output") and k in before and before[k] != now[k]]
     if changed:
         told = "; ".join(f"{k}: {before.get(k)!r} before, {now[k]!r} now" for k in changed)
