@@ -66,24 +66,15 @@ class Paint:
             raise ValueError(f"--count {self.count}: expected at least 1")
         if not self.out.suffix:
             raise ValueError(f"--out {self.out} has no ending that names a format: for instance {self.out}.png")
-        import torch
         from PIL import Image
-
-        from pipelines import TextToImagePipeline
 
         ending = self.out.suffix.lower()
         if ending != ".png" and ending not in Image.registered_extensions():  # known before painting, not after it
             raise ValueError(f"--out {self.out}: {ending} names no format of pictures: expected .png, for instance")
-        if len(self.lora_weight) not in (1, len(self.lora)):
-            raise ValueError(f"{len(self.lora_weight)} --lora-weight for {len(self.lora)} --lora: give one, or as many")
         if self.mask and not self.image:
             raise ValueError(f"--mask {self.mask} says where to paint on a picture: give --image, too")
         begin, mask = (_picture(flag, file) for flag, file in (("--image", self.image), ("--mask", self.mask)))
-        dtype = getattr(torch, self.dtype) if self.dtype else None
-        pipe = TextToImagePipeline.from_pretrained(self.model, device=self.device, dtype=dtype)
-        weights = self.lora_weight if len(self.lora_weight) > 1 else self.lora_weight * len(self.lora)
-        for where, weight in zip(self.lora, weights, strict=True):
-            pipe.load_lora(where, weight)
+        pipe = _opened(self)
         for where in self.embedding:
             print(f"learned {', '.join(pipe.load_embedding(where))}", file=sys.stderr)
         print(f"painting on {pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -110,6 +101,48 @@ class Paint:
                 file = self.out if self.count == 1 else self.out.with_stem(f"{self.out.stem}-{i}")
                 image.save(file)
                 print(file)
+
+
+@dataclass(frozen=True)
+class Web:
+    """Opens a page to paint on, in a browser."""
+
+    model: tyro.conf.Positional[str | None] = None
+    """Model folder, training run or hub id; the bundled model by default."""
+    lora: tuple[str, ...] = ()
+    """As of `paint`."""
+    lora_weight: tuple[float, ...] = (1.0,)
+    """Of each --lora, or one for all."""
+    device: str | None = None
+    """cuda, mps or cpu; the first of these that is there by default."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights."""
+    host: str = "127.0.0.1"
+    """Address to listen on: 0.0.0.0 lets other machines in, too."""
+    port: int = 7860
+
+    def run(self) -> None:
+        from pipelines.web import page
+
+        pipe = _opened(self)
+        pipe.set_progress_bar_config(disable=True)
+        page(pipe).launch(server_name=self.host, server_port=self.port)
+
+
+def _opened(command: Paint | Web) -> Any:
+    """The pipeline of a command, with its LoRAs."""
+    import torch
+
+    from pipelines import TextToImagePipeline
+
+    lora, weights = command.lora, command.lora_weight
+    if len(weights) not in (1, len(lora)):
+        raise ValueError(f"{len(weights)} --lora-weight for {len(lora)} --lora: give one, or as many")
+    dtype = getattr(torch, command.dtype) if command.dtype else None
+    pipe = TextToImagePipeline.from_pretrained(command.model, device=command.device, dtype=dtype)
+    for where, weight in zip(lora, weights if len(weights) > 1 else weights * len(lora), strict=True):
+        pipe.load_lora(where, weight)
+    return pipe
 
 
 def _picture(flag: str, file: Path | None) -> Any:
@@ -252,8 +285,9 @@ class Evaluate:
     metrics: str = "fid,kid,precision,recall"
     """Of fid, kid, precision, recall, clip, diversity, accuracy (by a recogniser as --extractor) and bpd."""
     extractor: str = "inception"
-    """Whose features are compared: inception, inception:FILE, a run of train/recogniser.py or train/clip.py, a CLIP of
-    transformers (folder, hub id) or open_clip (ARCHITECTURE:WEIGHTS). Only Inception's distance is called FID."""
+    """Whose features are compared: inception, inception:FILE, a run of train/recogniser.py, train/classifier.py or
+    train/clip.py, bundled, a network of transformers (folder, hub id), a CLIP of open_clip (ARCHITECTURE:WEIGHTS). Only
+    Inception's distance is called FID."""
     clip: str = ""
     """The CLIP of the CLIP score, likewise; the extractor by default."""
     samples: int | None = None
@@ -310,17 +344,17 @@ class Evaluate:
             measure(Measuring(painting=painting, **same))
             return
         given = {name for name, value in vars(self).items() if value != getattr(Evaluate, name)}
-        used = {"model", "out", "prompts", "judge", "seed", "batch", "cache", "font", "lora", "lora_weight"}
+        used = {"model", "out", "prompts", "judge", "seed", "batch", "lora", "lora_weight"}
         classes = False
         if self.judge:
             from train.judge import answers_of, evaluate_classes, open_judge
 
             classes = "object" not in answers_of(open_judge(self.judge))
-            used |= {"template"} if classes else set()
+        used |= {"template"} if classes else {"cache", "font"}
         if stray := given - used:
-            raise ValueError(
-                f"--{min(stray).replace('_', '-')} is for a comparison with a reference: give --reference, too"
-            )
+            why = "a comparison with a reference: give --reference, too"
+            why = "models of pictograms: leave it out" if stray <= {"cache", "font"} else why
+            raise ValueError(f"--{min(stray).replace('_', '-')} is for {why}")
         asked: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "batch", "lora", "lora_weight")}
         asked["prompts"] = 100 if self.prompts is None else self.prompts
         if self.judge and classes:
@@ -369,9 +403,10 @@ class Bits:
             print("the terms of the bound: " + ", ".join(terms))
 
 
-COMMANDS = {"paint": Paint, "data": Data, "evaluate": Evaluate, "bits": Bits}
+COMMANDS = {"paint": Paint, "web": Web, "data": Data, "evaluate": Evaluate, "bits": Bits}
 Command = (
     Annotated[Paint, tyro.conf.subcommand("paint")]
+    | Annotated[Web, tyro.conf.subcommand("web")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Bits, tyro.conf.subcommand("bits")]

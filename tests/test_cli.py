@@ -41,6 +41,7 @@ def test_a_first_word_is_a_command_or_a_prompt(monkeypatch: pytest.MonkeyPatch) 
     assert parsed(monkeypatch, "data", "check", "a+b", "--buckets") == atelier.Data(atelier.Check("a+b", buckets=True))
     assert parsed(monkeypatch, "data", "cache", "p/", "--vae", "none") == atelier.Data(atelier.Cache("p/", vae="none"))
     assert parsed(monkeypatch, "evaluate") == atelier.Evaluate()
+    assert parsed(monkeypatch, "web", "runs/mine", "--port", "80") == atelier.Web("runs/mine", port=80)
     assert parsed(monkeypatch, "data centre, watercolour") == atelier.Paint("data centre, watercolour")
     assert parsed(monkeypatch, "") == atelier.Paint("")
 

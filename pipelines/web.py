@@ -1,0 +1,94 @@
+"""A page to paint on, in a browser: `atelier web`, or `page(pipe).launch()`. Needs gradio: pip install -e '.[web]'."""
+
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from conditioning.context import Unconditional
+from conditioning.labels import Labels
+from ldm.samplers import SAMPLERS
+from pipelines.scheduler import sampler_of
+from pipelines.text_to_image import TextToImagePipeline
+
+MOST = 8  # pictures of one call
+
+
+def page(pipe: TextToImagePipeline) -> Any:
+    """The `gradio.Blocks` of a pipeline; one picture is painted at a time, others wait. ValueError without gradio."""
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ValueError(f"the page needs gradio ({error}): pip install -e '.[web]'") from None
+    model, defaults = pipe.model, pipe.model.defaults
+    folder = tempfile.TemporaryDirectory(prefix="atelier-")  # pictures, with what they were painted from in them
+
+    def paint(
+        prompt: str,
+        negative: str,
+        count: int,
+        seed: float | None,
+        steps: int,
+        guidance: float,
+        sampler: str,
+        drawn: dict[str, Any] | None,
+        strength: float,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> tuple[list[str], str]:
+        seed = random.randrange(2**31) if seed is None else int(seed)
+        image, mask = begun(drawn)
+        begin: dict[str, Any] = {"image": image, "mask": mask, "strength": strength} if image else {}
+        call: dict[str, Any] = {"negative_prompt": negative or None, "num_images_per_prompt": int(count), "seed": seed}
+        call |= {"steps": int(steps), "guidance_scale": guidance, "sampler": sampler}
+        try:
+            painted = pipe(prompt, **call, **begin, callback=lambda i, *_: progress((i + 1, int(steps)), unit="steps"))
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        place = Path(tempfile.mkdtemp(dir=folder.name))
+        files = [str(place / f"{seed + i}.png") for i in range(len(painted.images))]
+        for picture, file in zip(painted.images, files, strict=True):
+            picture.save(file)
+        return files, f"seed {seed}" + (f" to {seed + len(files) - 1}" if len(files) > 1 else "")
+
+    with gr.Blocks(title="Atelier", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# Atelier\n{pipe.source}, on {pipe.device.type}")
+        with gr.Row():
+            with gr.Column():
+                prompt: Any
+                if isinstance(model.conditioner, Labels):
+                    prompt = gr.Dropdown(list(model.conditioner.names), label="What to paint")
+                else:
+                    told = not isinstance(model.conditioner, Unconditional)
+                    prompt = gr.Textbox(label="What to paint", lines=2, visible=told)
+                button = gr.Button("Paint", variant="primary")
+                count = gr.Slider(1, MOST, 1, step=1, label="Pictures")
+                with gr.Accordion("How", open=False):
+                    guided = defaults.caption_dropout != 0 and not isinstance(model.conditioner, Unconditional)
+                    negative = gr.Textbox(label="What to steer away from", visible=guided and prompt.visible)
+                    guidance = gr.Slider(1, 15, defaults.guidance_scale, step=0.1, label="Guidance", visible=guided)
+                    seed = gr.Number(None, label="Seed (empty: another each time)", precision=0, minimum=0)
+                    steps = gr.Slider(1, 200, defaults.steps, step=1, label="Steps")
+                    sampler = gr.Dropdown(
+                        list(SAMPLERS), value=defaults.sampler or sampler_of(model.scheduler), label="Sampler"
+                    )
+                with gr.Accordion("Begin from a picture; paint over the parts to be filled", open=False):
+                    drawn = gr.ImageMask(type="pil", layers=False, show_label=False)
+                    strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="Share of the steps that are run on it")
+            with gr.Column():
+                gallery = gr.Gallery(label="Pictures", format="png", object_fit="contain", columns=2)
+                said = gr.Textbox(label="Painted from", interactive=False)
+        given = [prompt, negative, count, seed, steps, guidance, sampler, drawn, strength]
+        for event in (button.click, prompt.submit) if hasattr(prompt, "submit") else (button.click,):
+            event(paint, given, [gallery, said], concurrency_limit=1, concurrency_id="paint", api_name="paint")
+    return blocks
+
+
+def begun(drawn: dict[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """The picture to begin from and the mask painted on it, of what the editor gives; None where there is none."""
+    if not drawn or drawn["background"] is None:
+        return None, None
+    strokes = [layer.getchannel("A").point(lambda alpha: 255 * (alpha > 0)) for layer in drawn["layers"] if layer]
+    mask = strokes[0] if strokes and strokes[0].getbbox() else None
+    return drawn["background"].convert("RGB"), mask
