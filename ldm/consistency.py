@@ -64,8 +64,8 @@ class Segments:
     def sigma(self, u: Tensor) -> Tensor:
         """The level at which uniform numbers u in [0, 1) begin; [B]."""
         count = len(self.sigmas) - 1
-        rung = (u.double() * count).long().clamp(max=count - 1)
-        return self.sigmas.to(u)[rung]
+        rung = (u.cpu().double() * count).long().clamp(max=count - 1)  # some devices have no float64
+        return self.sigmas.to(u)[rung.to(u.device)]
 
     def ends(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(the next level, the end of the segment) after levels that `sigma` gave; [B] each."""
@@ -94,6 +94,8 @@ class ConsistencyLoss:
         """
         x = widened(x0) + per_picture(sigma.to(x0), x0) * noise
         target = self.target(student, x, sigma.to(x), context)
+        # Older PyTorch keeps the casts that autocast made of weights without a gradient, and gives the student those.
+        torch.clear_autocast_cache()
         return weight(sigma) * (student(x, sigma, context) - target).square().flatten(1).mean(1)
 
     @torch.no_grad()

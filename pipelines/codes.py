@@ -33,11 +33,11 @@ class Codes(NamedTuple):
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """Each of [B, ...] from a (share 0) to b (share 1) at an even angle (Shoemake 1985); straight where they align."""
-    one, other = a.flatten(1).double(), b.flatten(1).double()
+    one, other = (x.flatten(1).cpu().double() for x in (a, b))  # some devices have no float64
     cosine = F.cosine_similarity(one, other, dim=1)[:, None].clamp(-1, 1)
     angle = cosine.acos()
     turned = (((1 - share) * angle).sin() * one + (share * angle).sin() * other) / angle.sin()
-    return torch.where(angle.sin() < 1e-4, torch.lerp(one, other, share), turned).view_as(a).to(a.dtype)
+    return torch.where(angle.sin() < 1e-4, torch.lerp(one, other, share), turned).view_as(a).to(a)
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ def fit_attribute(semantic: Tensor, labels: Sequence[bool] | Tensor, *, decay: f
     Raises:
         ValueError: another number of labels than of codes, or pictures of one kind alone.
     """
-    wanted = torch.as_tensor(labels, dtype=torch.float64).to(semantic.device)
+    wanted = torch.as_tensor(labels).cpu().double()
     if wanted.shape != semantic.shape[:1] or not set(wanted.tolist()) <= {0.0, 1.0}:
         raise ValueError(f"labels: expected {len(semantic)} times True or False, one for each picture; got {labels!r}")
     if wanted.min() == wanted.max():
         raise ValueError(f"labels: all {len(wanted)} are {bool(wanted[0])}; expected pictures with and without")
-    z = semantic.detach().double()
+    z = semantic.detach().cpu().double()  # some devices have no float64
     mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
     z = (z - mean) / std
-    plane = torch.zeros(z.shape[1] + 1, dtype=torch.float64, device=z.device, requires_grad=True)
+    plane = torch.zeros(z.shape[1] + 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [plane], max_iter=500, tolerance_grad=1e-8, tolerance_change=0, line_search_fn="strong_wolfe"
     )

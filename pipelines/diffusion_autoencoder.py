@@ -24,7 +24,7 @@ from ldm.schedule import step_grid
 from ldm.unet import UNet
 from pipelines.arguments import starting_noise, step_count
 from pipelines.codes import Attribute, Codes, fit_attribute
-from pipelines.device import best_device, usable_device
+from pipelines.device import best_device, exact_float32, usable_device
 from pipelines.folder import Model, load_model
 from pipelines.image import image_batch
 from pipelines.picture import to_pil
@@ -82,6 +82,7 @@ class DiffusionAutoencoderPipeline:
         return torch.cat([self.encoder.encode(part) for part in self._images(images).split(BATCH)])
 
     @torch.no_grad()
+    @exact_float32()
     def encode(self, images: Any, *, steps: int | None = None, sampler: str | None = None) -> Codes:
         """Both codes; the stochastic one, [N, C, h, w], is about unit normal."""
         sigmas, name = self._levels(steps, sampler)
@@ -97,6 +98,7 @@ class DiffusionAutoencoderPipeline:
         return Codes(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     @torch.no_grad()
+    @exact_float32()
     def latents(self, codes: Codes, *, steps: int | None = None, sampler: str | None = None) -> Tensor:
         """The autoencoder's latents that codes stand for, [N, C, h, w]; pictures, where the model works on pixels."""
         if len(codes.semantic) != len(codes.stochastic):

@@ -47,7 +47,8 @@ class OpenedModel:
 
         Args:
             device: by default cuda, else mps, else cpu.
-            dtype: of the weights; by default bfloat16 on a CUDA GPU that has it, else float32.
+            dtype: of the weights; by default bfloat16 on a CUDA GPU that has it, else float32, which models that
+                predict the mean of a step need anywhere.
             revision: branch or commit of a hub id.
             variant: "fp16" reads the 16-bit files where a folder has both (diffusers' name); `dtype` still decides.
             attention: of the U-Net: PyTorch's own, or xformers', which needs a CUDA device.
@@ -67,6 +68,9 @@ class OpenedModel:
         bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         wanted = dtype or torch_dtype or (torch.bfloat16 if bf16 else torch.float32)
         model = load_model(path_or_hub_id, dtype=wanted, revision=revision, variant=variant)
+        if model.prediction == "mean" and not (dtype or torch_dtype) and bf16:  # which can't be computed with it
+            wanted = torch.float32
+            model = load_model(path_or_hub_id, dtype=wanted, revision=revision, variant=variant)
         source = "bundled" if path_or_hub_id is None else str(path_or_hub_id)
         pipe = cls(model, source + (f"@{revision}" if revision else "")).to(chosen)
         model.unet.set_attention(attention)

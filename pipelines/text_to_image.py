@@ -57,7 +57,7 @@ class TextToImagePipeline(OpenedModel):
         model: the networks, the conditioner, the schedule and the model's defaults (`pipelines.folder.Model`).
     """
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -166,6 +166,8 @@ class TextToImagePipeline(OpenedModel):
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         negatives = negative_list(negative_prompt, len(prompts), num_images_per_prompt)
         factor = model.vae.downscale
+        if image is None and strength is not None:
+            raise ValueError(f"strength={strength} is of an `image` to begin from, and none was given")
         strength = strength if strength is not None else 0.8 if mask is None else 1.0
         check_mask(model, image, mask)
         if image is not None:

@@ -123,6 +123,18 @@ def test_only_the_student_at_its_own_level_learns() -> None:
     torch.testing.assert_close(factor.grad, slope)
 
 
+def test_all_of_the_student_learns_in_mixed_precision() -> None:
+    """Its weights were cast without a gradient just before, for the estimate that it is compared with."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2))
+    segments = levels(2, 4)
+    x0, sigma, noise = (value.float() for value in drawn(segments, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ConsistencyLoss(teacher, segments)(lambda x, s, c: network(x.float()), x0, {}, sigma, noise, lambda s: 1)
+    loss.sum().backward()
+    assert all(weight.grad is not None and float(weight.grad.abs().sum()) > 0 for weight in network.parameters())
+
+
 def test_levels_are_drawn_evenly_and_end_where_their_segment_does() -> None:
     segments = levels(4, 8)
     x = segments.sigma((torch.arange(3200, dtype=torch.float64) + 0.5) / 3200)

@@ -83,6 +83,15 @@ def test_a_run_killed_at_random_ends_with_the_same_bytes(settings: dict, tmp_pat
 
 
 @pytest.mark.slow
+def test_what_dropout_leaves_out_is_the_same_again(settings: dict, tmp_path: Path) -> None:
+    drops = settings | {"unet": settings["unet"] | {"dropout": 0.5}, "cache": tmp_path / "cache"}
+    run_killed(drops | {"output": tmp_path / "whole"})
+    told = run_killed(drops | {"output": tmp_path / "told"}, signals=("SIGTERM",))
+    assert told["codes"][0] == [128 + signal.SIGTERM]
+    same(tmp_path / "whole", tmp_path / "told")
+
+
+@pytest.mark.slow
 def test_accumulated_steps_of_two_processes_are_one_batch(settings: dict, tmp_path: Path) -> None:
     short = settings | {"updates": 3, "optimizer": "adamw", "clip": 1e9, "cache": tmp_path / "cache"}
     run_killed(short | {"output": tmp_path / "one", "batch_size": 16, "accumulate": 1})

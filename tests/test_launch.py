@@ -6,13 +6,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file
 
 import train.vae
+from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from pipelines import TextToImagePipeline
+from train.launch import memory_format
 from train.ldm import main
 from train.presets import PRESETS
 from train.state import checkpoints
@@ -68,6 +72,22 @@ def test_what_the_launcher_and_the_environment_say_is_taken() -> None:
         assert f"on cpu, {threads} thread(s) each, mixed precision: {precision}" in result.stdout, result.stderr
         if sys.platform == "linux":
             assert "ended by signal 15" in result.stdout  # when the launcher ends, which hands no signal on
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "norm", "layout"),
+    [
+        ("cpu", "bf16", "group", torch.contiguous_format),
+        ("cpu", "bf16", "batch", torch.channels_last),
+        ("cpu", "no", "group", torch.channels_last),
+        ("cuda", "bf16", "group", torch.channels_last),
+    ],
+)
+def test_pictures_are_laid_out_as_their_norms_are_fast(
+    device: str, precision: str, norm: str, layout: torch.memory_format
+) -> None:
+    where = SimpleNamespace(device=torch.device(device), mixed_precision=precision, distributed_type=DistributedType.NO)
+    assert memory_format(where, PixelUNet(PixelUNetConfig(norm=norm))) is layout  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

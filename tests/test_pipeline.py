@@ -41,6 +41,8 @@ def test_output_types_and_counts(pipe: TextToImagePipeline) -> None:
     assert pipe(PROMPTS[0], output_type="np", steps=1).images.shape == (1, 16, 16, 3)
     assert pipe(PROMPTS[0], output_type="pt", steps=1, height=20, width=24).images.shape == (1, 3, 20, 24)
     assert pipe(PROMPTS[0], output_type="latent", steps=1).images.shape == (1, 4, 4, 4)
+    for kind in ("pt", "latent"):  # a caller's own, to be changed and learnt from
+        pipe(PROMPTS[0], output_type=kind, steps=1).images.mul_(2).requires_grad_().square().sum().backward()
     images, _ = pipe(PROMPTS[0], steps=1, return_dict=False)
     assert images[0].size == (16, 16)
 
@@ -114,6 +116,7 @@ def test_guidance_on_a_model_trained_without_dropout_warns(model_folder: Path) -
         ({"num_images_per_prompt": 0}, "at least 1"),
         ({"negative_prompt": ["a", "b"]}, "negative"),
         ({"spacing": "odd"}, "spacing"),
+        ({"strength": 0.5}, "none was given"),
     ],
 )
 def test_bad_calls_say_what_to_do(pipe: TextToImagePipeline, arguments: dict, words: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from pipelines.folder import load_model
 from tests.killing import run_killed
@@ -91,6 +92,14 @@ def test_two_processes_paint_what_one_does(config: Config, tmp_path: Path) -> No
     paint(other_words, Accelerator(cpu=True))
     assert (config.output / "prior" / "00001.txt").read_text() == "a green circle"
     assert painted(config.output) != whole
+
+    for again_with in (replace(config, seed=9), config):  # likewise of another seed
+        paint(again_with, Accelerator(cpu=True))
+        assert (painted(config.output) == whole) == (again_with is config)
+    with Image.open(config.output / "prior" / "00000.png") as first:
+        first.resize((8, 8)).save(config.output / "prior" / "00000.png")  # and of another size
+    paint(config, Accelerator(cpu=True))
+    assert painted(config.output) == whole
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pipelines.files import newest
-from train.state import EMA, checkpoints, clamp_warmup, learning_rate, resume, save_checkpoint
+from train.state import EMA, Carried, checkpoints, clamp_warmup, learning_rate, resume, save_checkpoint
 
 
 def test_ema_is_its_recursion() -> None:
@@ -73,6 +73,45 @@ def test_ema_swaps_in_and_back_whatever_happens() -> None:
     assert all(w.equal(a) for w, a in zip(other.weights, averaged, strict=True))
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         other.load(ema.weights[:1])
+
+
+def test_ema_follows_weights_that_an_optimizer_lays_out_anew() -> None:
+    """bitsandbytes' optimizers put a contiguous copy in the place of each weight's memory."""
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    ema = EMA(network, decay=0.0)
+    with torch.no_grad():
+        network.weight.data = network.weight.data.contiguous().add_(1)
+        ema.step(0)
+        torch.testing.assert_close(ema.weights[0], network.weight.detach())
+        ema.weights[0].zero_()
+    with ema.applied():
+        assert float(network.weight.detach().abs().max()) == 0
+
+
+def test_state_that_is_not_kept_has_no_tensors() -> None:
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(2)).sum().backward()
+    optimizer.step()
+    carried = Carried(dict(network.named_parameters()), optimizer, None, {})
+    kept, asked = carried.state(), carried.state(keep=False)
+    assert kept["weights"]["weight"].equal(network.weight.detach())
+    assert asked["weights"] == {"weight": None, "bias": None}
+    assert asked["optimizer"]["state"][0] == {"step": None, "exp_avg": None, "exp_avg_sq": None}
+    carried.load(kept)
+
+
+def test_quantised_moments_come_back_as_they_were() -> None:
+    """Blocks of 8-bit numbers, of another shape than the weight's."""
+    weight = nn.Parameter(torch.zeros(4, 4))
+    optimizer = torch.optim.AdamW([weight])
+    carried = Carried({"weight": weight}, optimizer, None, {})
+    blocks = torch.arange(3.0)
+    state = {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(4, 4), "absmax1": blocks}}
+    saved = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    carried.load({"weights": {"weight": torch.ones(4, 4)}, "optimizer": saved, "scaler": None})
+    assert optimizer.state[weight]["absmax1"].equal(blocks)
+    assert optimizer.state[weight]["exp_avg"].equal(torch.ones(4, 4))
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:

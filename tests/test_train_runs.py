@@ -51,6 +51,27 @@ def test_a_killed_run_ends_with_the_same_bytes(
     assert state(main(replace(config, output=tmp_path / "killed", updates=7)))["update"] == 7
 
 
+@pytest.mark.parametrize("settings", [{}, {"inpainting": True, "perturbation": 0.1}])
+def test_drawing_ahead_changes_nothing(
+    latents: Config, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict
+) -> None:
+    """As on a GPU, for which the next batch is drawn while it computes; here, too, where a run goes on."""
+    config = replace(
+        latents, updates=4, checkpoint_every=2, batch_size=3, accumulate=2, caption_dropout=0.3, **settings
+    )
+    config = replace(config, schedule="constant")
+    if settings:
+        plain = Config()
+        config = replace(
+            config, model=str(model_folder), vae=plain.vae, text_encoder=plain.text_encoder, unet=plain.unet
+        )
+    whole = weights(main(replace(config, output=tmp_path / "as-it-is")))
+    monkeypatch.setattr(train.ldm, "draws_ahead", lambda device, feed: True)
+    main(replace(config, output=tmp_path / "ahead", updates=2))
+    again = weights(main(replace(config, output=tmp_path / "ahead")))
+    assert all(weight.equal(again[name]) for name, weight in whole.items())
+
+
 def test_accumulated_steps_are_one_batch(latents: Config, tmp_path: Path) -> None:
     config = replace(latents, updates=1, clip=1e9)
     runs = {

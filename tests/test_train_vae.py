@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,6 +179,28 @@ def test_a_killed_run_ends_with_the_same_bytes(config: Config, tmp_path: Path, m
             assert all(one[name].equal(other[name]) for name in one)
     with pytest.raises(ValueError, match=r"updates see 8 pictures .* now it would be 4"):
         run(replace(config, batch_size=4), tmp_path / "killed")
+
+
+def test_told_to_end_it_saves_and_goes_on(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config, updates=6)
+    whole, _ = run(config, tmp_path / "whole")
+    rate, before = train.vae.learning_rate, signal.getsignal(signal.SIGTERM)
+
+    def telling(update: int, **kwargs) -> float:
+        if update == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(update, **kwargs)
+
+    monkeypatch.setattr(train.vae, "learning_rate", telling)
+    with pytest.raises(SystemExit) as ended:
+        run(config, tmp_path / "told")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [folder.name for folder in checkpoints(tmp_path / "told")] == ["checkpoint-0000004"]
+    monkeypatch.undo()
+    again, _ = run(config, tmp_path / "told")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (checkpoints(whole)[-1] / name).read_bytes() == (checkpoints(again)[-1] / name).read_bytes()
 
 
 def test_the_adversary_joins_at_its_update(config: Config, tmp_path: Path) -> None:

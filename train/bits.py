@@ -22,6 +22,7 @@ from ldm.likelihood import PIXEL, bits_per_dim, dequantise, draw_probes, log_lik
 from ldm.samplers import picture_noise
 from ldm.schedule import VariancePreserving
 from pipelines import TextToImagePipeline
+from pipelines.device import exact_float32
 from pipelines.folder import Model
 from train.data import Loaded, generator, permutation, read, refuse_unusable, to_unit
 from train.pictures import refuse_numbers
@@ -33,6 +34,7 @@ FORMS = {"elbo": elbo, "consistency": consistency_elbo}
 Nats = Callable[[Denoise, Tensor, list[torch.Generator]], Tensor]  # (D, latents, draws) -> log p: [B]
 
 
+@exact_float32()
 def measure_bits(
     model: str | None,
     data: str,

@@ -1,12 +1,17 @@
 """Settings from the command line: a frozen dataclass, one of its presets to start from, and flags over it."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import tyro
 
 Settings = TypeVar("Settings")
+
+
+def flags_in(arguments: Sequence[str]) -> set[str]:
+    """The flags of a command, such as "--data", without their values."""
+    return {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
 
 
 def parse(kind: type[Settings], presets: Mapping[str, Settings], *, default: str) -> Settings:

@@ -37,6 +37,7 @@ from train.data import draws, permutation, read_pictures, to_unit
 from train.grid import grid
 from train.launch import MixedPrecision, matrix_type, memory_format, start
 from train.muon import Muon
+from train.progress import Progress
 from train.set_presets import TEXT_IN_PIXELS
 from train.settings import SMALL
 from train.sources import describe, open_source
@@ -188,7 +189,7 @@ def main(config: Config) -> Path:
     device, rank = accelerator.device, accelerator.process_index
     config = replace(config, mixed_precision=accelerator.mixed_precision)
     model = new_model(config)
-    layout = memory_format(accelerator)
+    layout = memory_format(accelerator, model.unet)
     for part in model.parts():
         part.to(device).to(memory_format=layout)
 
@@ -239,9 +240,9 @@ def main(config: Config) -> Path:
         rehearse(model, shown, config, state_now())
     accelerator.wait_for_everyone()
 
-    bar = tqdm(total=config.updates, initial=update, unit="update", disable=not accelerator.is_main_process)
+    progress = Progress(accelerator, update, config.updates, config.checkpoint_every)
     began, seen = time.perf_counter(), 0
-    while update < config.updates:
+    for update in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, peak=config.learning_rate, warmup=warmup, updates=config.updates)
         first = rank * config.batch_size
@@ -265,28 +266,27 @@ def main(config: Config) -> Path:
         optimizer.zero_grad()
         ema.step(update)
 
-        update += 1
+        due, done = progress.advance(), progress.done
         seen += global_batch
-        bar.update()
-        if update % 25 == 0 or update == config.updates:
+        if done % 25 == 0 or done == config.updates:
             numbers = {"loss": float(accelerator.reduce(loss.detach(), "mean")), "gradient_norm": float(norm)}
             numbers |= {"pictures_per_second": seen / (time.perf_counter() - began), "ema_distance": ema.distance()}
-            accelerator.log(numbers, update)
-            bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
-        if update % config.checkpoint_every == 0 or update == config.updates:
+            accelerator.log(numbers, done)
+            progress.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
+        if due:
             if accelerator.is_main_process:
                 state = state_now()  # the trained weights; the model's are the averaged ones from here on
                 with ema.applied():
-                    errors = save(model, shown, config, config.output, update, state)
-                accelerator.log(errors, update)
-                tqdm.write(f"update {update}: " + ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
+                    errors = save(model, shown, config, config.output, done, state)
+                accelerator.log(errors, done)
+                tqdm.write(f"update {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
             accelerator.wait_for_everyone()
-    bar.close()
+    progress.end()
 
     if accelerator.is_main_process and not (checkpoints(config.output)[-1] / "codes").is_dir():
         state = state_now()
         with ema.applied():
-            finish(model, config, update, state, pixels, trained_on)
+            finish(model, config, progress.done, state, pixels, trained_on)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(f"done. Look at {config.output}/samples; DiffusionAutoencoderPipeline opens {config.output}")

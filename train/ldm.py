@@ -17,15 +17,15 @@ if not __package__:  # as a script, this folder is first on the path, where this
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from conditioning.labels import Labels
 from train.batch import Batch, draw_batch
 from train.build import build, optimizer_for
 from train.config import parse
-from train.data import remove_dead
-from train.feed import CachedFeed, open_feed
+from train.data import generator, remove_dead
+from train.feed import CachedFeed, Feed, open_feed
 from train.launch import Interruption, memory_format, precision, prepare, sharding, start
 from train.learner import Learner
 from train.meter import Meter
@@ -87,14 +87,19 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
         raise ValueError(f"--size {size}: expected a multiple of {model.vae.downscale}, the autoencoder's factor")
     for part in model.parts():
         part.to(device)
-    model.unet.to(memory_format=memory_format(accelerator))
-    model.vae.to(memory_format=memory_format(accelerator))
+    for network in (model.unet, model.vae):
+        eight_bit = config.optimizer == "adamw8bit"  # which lays weights out anew
+        layout = torch.contiguous_format if eight_bit else memory_format(accelerator, network)
+        network.to(memory_format=layout)
     if sharding(accelerator) == "FSDP":
         refuse_shards(model, config)
     make_trainable(model, config, found and found[0])
 
     # The data: latents, and the context of every caption.
-    data = with_prior(model, config, size, accelerator) if config.prior else config.data
+    data = config.data
+    if config.prior:
+        with evaluating(model, device):
+            data = with_prior(model, config, size, accelerator)
     feed = open_feed(
         data,
         model.vae,
@@ -141,6 +146,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
     meter = Meter(accelerator)
     carried = Carried({**weights, **statistics(model)}, optimizer, accelerator.scaler, {"feed": feed, "meter": meter})
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
+    drops = any(isinstance(module, nn.Dropout) and module.p for part in model.parts() for module in part.modules())
     update, stop = 0, False
     if found:
         carried.load(found[1])
@@ -148,12 +154,20 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
         accelerator.print(f"going on from {found[0]}")
     resumed, found = bool(found), None  # its memory is large
 
+    ahead: dict[int, Batch] = {}  # the first step of the next update
+
+    def drawn(number: int, first: int) -> Batch:
+        return draw_batch(config, feed, number, first, global_batch, device, model=model, prior=prior)
+
     def learn() -> tuple[float, float]:
         """One update: the loss on this process, and the norm of the gradient."""
-        total = torch.zeros((), device=device)
+        found: list[Tensor] = []  # the loss of each step
+        seen: list[list[str]] = []  # its captions, the first three
         for micro in range(config.accumulate):
             first = (micro * accelerator.num_processes + rank) * config.batch_size
-            batch = draw_batch(config, feed, update, first, global_batch, device, model=model, prior=prior)
+            if drops:  # else a run that goes on, or another process, would leave out other parts, or the same
+                torch.manual_seed(generator(config.seed, update, first).initial_seed())
+            batch = (ahead.pop(update, None) if micro == 0 else None) or drawn(update, first)
             sigma = goal.sigma(batch.u)
             told = batch.captions if tells(config) else texts(batch.captions)
             with accelerator.accumulate(learner):  # processes meet in the last step alone
@@ -161,22 +175,29 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
                     losses = learner(batch.x0, told, batch.sizes, sigma, batch.noise, batch.beside, **batch.options)
                 losses = batch.weight * losses
                 loss = losses.mean()
-                _refuse_not_finite("loss", loss.detach(), update, batch, config)
                 accelerator.backward(loss)
             meter.add(sigma, losses)
-            total += loss.detach() / config.accumulate
+            found.append(loss.detach())
+            seen.append(batch.captions[:3])
         norm = accelerator.clip_grad_norm_(weights.values(), config.clip)
+        if draws_ahead(device, feed):
+            ahead.clear()
+            ahead[update + 1] = drawn(update + 1, rank * config.batch_size)
+        norm, each = float(norm), torch.stack(found).tolist()  # a GPU is waited for here, once in an update
+        for number, captions in zip(each, seen, strict=True):
+            _refuse_not_finite("loss", number, update, captions, config)
         if not accelerator.scaler:  # which leaves such a step out
-            _refuse_not_finite("gradient", norm, update, batch, config)
+            _refuse_not_finite("gradient", norm, update, seen[-1], config)
         optimizer.step()
         optimizer.zero_grad()
-        if meter.is_spike(float(total)):
-            tqdm.write(f"update {update}: the loss jumped to {float(total):.3g} (captions {batch.captions[:3]} …)")
-        return float(total), float(norm)
+        total = sum(each) / len(each)
+        if meter.is_spike(total):
+            tqdm.write(f"update {update}: the loss jumped to {total:.3g} (captions {seen[-1]} …)")
+        return total, norm
 
     def save(output: Path) -> Path | None:
         """A checkpoint; all processes have to ask, because each may hold a part of the weights."""
-        state = carried.state() | {"global_batch": global_batch}
+        state = carried.state(keep=accelerator.is_main_process) | {"global_batch": global_batch}
         with ema.applied():
             shown = unsharded(model)
             if not accelerator.is_main_process:
@@ -266,10 +287,16 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
     return config.output
 
 
-def _refuse_not_finite(what: str, value: Tensor | float, update: int, batch: Batch, config: Config) -> None:
+def draws_ahead(device: torch.device, feed: Feed) -> bool:
+    """Whether the next update's pictures and noise are drawn while the device computes this one; a stream does that by
+    itself, and what it has given counts as seen."""
+    return device.type == "cuda" and isinstance(feed, CachedFeed)
+
+
+def _refuse_not_finite(what: str, value: float, update: int, captions: list[str], config: Config) -> None:
     if not math.isfinite(value):
         raise ValueError(
-            f"the {what} is {float(value)} at update {update} (captions {batch.captions[:3]} …): lower --learning-rate "
+            f"the {what} is {value} at update {update} (captions {captions} …): lower --learning-rate "
             f"or set --mixed-precision no; the checkpoints in {config.output} are untouched"
         )
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from train.config import flags_in
 from train.set_presets import LECTURE, SMALL_SETS
 from train.settings import SMALL, Config
 
@@ -59,7 +60,7 @@ PRESETS = {
 
 def preset_for(arguments: Sequence[str]) -> str:
     """Where a command that names no preset starts from."""
-    given = {argument.partition("=")[0] for argument in arguments}
+    given = flags_in(arguments)
     return "fine-tune" if "--model" in given else "new" if "--data" in given else "shapes"
 
 

@@ -5,9 +5,12 @@ of the new thing, as in the paper, or of many in turn, so that it keeps its colo
 seed --seed + i and is always painted with the same others: any number of processes paint the same pictures.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from pipelines.files import checkpoints
@@ -19,6 +22,37 @@ from train.sources import open_source, parts_of, split_parts
 BATCH = 8  # pictures painted at once
 
 
+@dataclass(frozen=True)
+class Painted:
+    """A picture of the prior, its caption in a text file beside it."""
+
+    file: Path
+    caption: str
+    seed: int
+    size: int
+
+    def save(self, image: Image.Image) -> None:
+        about = PngInfo()
+        about.add_text("seed", str(self.seed))
+        self._text.unlink(missing_ok=True)
+        image.save(self.file, pnginfo=about)
+        self._text.write_text(self.caption, encoding="utf-8")  # last: says that the picture is whole
+
+    def is_there(self) -> bool:
+        """Not, if it is of another caption, seed or size, as a killed run with other settings leaves it."""
+        try:
+            with Image.open(self.file) as image:
+                seed = image.info.get("seed", str(self.seed))  # earlier pictures do not say theirs
+                alike = seed == str(self.seed) and image.size == (self.size, self.size)
+            return alike and self._text.read_text(encoding="utf-8") == self.caption
+        except OSError:  # not there, or another process is just painting it again
+            return False
+
+    @property
+    def _text(self) -> Path:
+        return self.file.with_suffix(".txt")
+
+
 def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator) -> str:
     """Paints the prior's pictures that are not there yet, each process its share; --data with them, of equal share, as
     its last part.
@@ -27,7 +61,7 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
     """
     folder = config.output / "prior"
     files = [
-        (folder / f"{i:05d}.png", config.prior[i % len(config.prior)])  # with its caption
+        Painted(folder / f"{i:05d}.png", config.prior[i % len(config.prior)], config.seed + i, size)
         for i in range(config.prior_pictures)
     ]
     missing = _missing(files)
@@ -42,11 +76,10 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
     quiet = not accelerator.is_main_process or not share
     for start in tqdm(share, desc="painting what shall stay", unit="batch", disable=quiet):
         batch = files[start : start + BATCH]
-        captions = [caption for _, caption in batch]
+        captions = [one.caption for one in batch]
         painted = pipe(captions, seed=config.seed + start, height=size, width=size).images
-        for (file, caption), image in zip(batch, painted, strict=True):
-            image.save(file)
-            file.with_suffix(".txt").write_text(caption, encoding="utf-8")  # last: says that the picture is whole
+        for one, image in zip(batch, painted, strict=True):
+            one.save(image)
     accelerator.wait_for_everyone()
     if lacking := _missing(files):
         raise ValueError(
@@ -61,7 +94,5 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
     return data
 
 
-def _missing(files: list[tuple[Path, str]]) -> int:
-    """How many are not there, or of other captions, as a killed run with another --prior leaves them."""
-    beside = [(file.with_suffix(".txt"), caption) for file, caption in files]
-    return sum(not text.is_file() or text.read_text(encoding="utf-8") != caption for text, caption in beside)
+def _missing(files: list[Painted]) -> int:
+    return sum(not one.is_there() for one in files)

@@ -5,7 +5,8 @@
 The network is that of K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (arXiv:2404.00498), of any width
 and depth, with an answer for each task: a picture's class, which is its first caption, or of drawn pictograms the
 object and the style, of the pairs held out of training, too, so that it can tell whether a generator composes them.
-Every random draw is a function of (seed, update), so the same command goes on exactly where it was stopped.
+Every random draw is a function of (seed, update, process), so the same command goes on exactly where it was stopped;
+another number of processes shifts and mirrors pictures otherwise, and normalises other batches.
 """
 
 import json
@@ -27,12 +28,14 @@ from tqdm import tqdm
 
 from ldm.blocks import ModelConfig, Network
 from pipelines.files import fill, newest, read_json, read_weights, save_network
-from train.answers import Tasks, augmented, is_drawn, numbered, read_answers, softened
+from train.answers import Tasks, augmented, numbered, read_answers, softened
 from train.config import parse
 from train.data import batch_indices, generator, permutation, to_unit
 from train.extractors import ACCURACY
 from train.launch import MixedPrecision, matrix_type, start
 from train.muon import Muon
+from train.pictograms import is_drawn
+from train.progress import Progress
 from train.state import clamp_warmup, learning_rate, resume, save_checkpoint
 
 BEFORE_LOGITS = 1 / 9  # that paper's: logits of an untrained network are small
@@ -256,15 +259,17 @@ def main(config: Config) -> Path:
         update = state["update"]
         network.load_state_dict(read_weights(folder))
         optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"going on from {folder}")
     learner, optimizer = accelerator.prepare(network, optimizer)
     accelerator.init_trackers("recogniser")
     parameters = sum(p.numel() for p in network.parameters())
     accelerator.print(f"recogniser: {parameters / 1e6:.2f} M parameters, {updates} updates of {global_batch}")
 
-    bar = tqdm(total=updates, initial=update, unit="update", disable=not accelerator.is_main_process)
+    progress = Progress(accelerator, update, updates, config.checkpoint_every)
     began, seen = time.perf_counter(), 0
-    while update < updates:
+    for update in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, peak=config.learning_rate, warmup=warmup, updates=updates)
         first = update * global_batch + rank * config.batch_size
@@ -282,18 +287,20 @@ def main(config: Config) -> Path:
         ]
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at update {update}: lower --learning-rate and start again")
+            raise ValueError(
+                f"the loss is {loss.item()} at update {update}: lower --learning-rate or set --mixed-precision no; the "
+                f"checkpoints in {config.output} are untouched"
+            )
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        update += 1
+        due, done = progress.advance(), progress.done
         seen += global_batch
-        bar.update()
-        if update % 25 == 0 or update == updates:
+        if done % 25 == 0 or done == updates:
             numbers = {"loss": float(loss.detach()), "pictures_per_second": seen / (time.perf_counter() - began)}
-            accelerator.log(numbers, update)
-            bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['pictures_per_second']:.0f} pictures/s")
-        if update % config.checkpoint_every == 0 or update == updates:
+            accelerator.log(numbers, done)
+            progress.bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['pictures_per_second']:.0f} pictures/s")
+        if due:
             if accelerator.is_main_process:
                 shares = accuracies(network, unseen, truth, device)
 
@@ -301,13 +308,14 @@ def main(config: Config) -> Path:
                     save_network(network, folder)
                     (folder / ACCURACY).write_text(json.dumps(shares | {"pictures": len(truth)}) + "\n")
 
-                kept = {"optimizer": optimizer.state_dict(), "global_batch": global_batch}
-                saved = save_checkpoint(config.output, update, write, kept, config)
-                accelerator.log({f"accuracy/{task}": share for task, share in shares.items()}, update)
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None  # of fp16
+                kept = {"optimizer": optimizer.state_dict(), "scaler": scaler, "global_batch": global_batch}
+                saved = save_checkpoint(config.output, done, write, kept, config)
+                accelerator.log({f"accuracy/{task}": share for task, share in shares.items()}, done)
                 right = ", ".join(f"{task} {share:.2%}" for task, share in shares.items())
-                tqdm.write(f"update {update}: right of {len(truth)} unseen pictures: {right}; saved {saved}")
+                tqdm.write(f"update {done}: right of {len(truth)} unseen pictures: {right}; saved {saved}")
             accelerator.wait_for_everyone()
-    bar.close()
+    progress.end()
     accelerator.end_training()
     accelerator.print(f"done: {config.output}; features of it: atelier evaluate MODEL --extractor {config.output} …")
     return config.output

@@ -23,15 +23,19 @@ from pipelines.files import checkpoints
 from train.zero import Zero
 
 
-def whole(value: Any) -> Any:
-    """A copy of a state in the computer's own memory, in which sharded tensors are whole; all processes have to ask."""
+def whole(value: Any, *, keep: bool = True) -> Any:
+    """A copy of a state in the computer's own memory, in which sharded tensors are whole; all processes have to ask.
+
+    keep: False has None in the place of tensors, for a process that is only asked for its shards.
+    """
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items()}
+        return {key: whole(part, keep=keep) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [whole(part) for part in value]
+        return [whole(part, keep=keep) for part in value]
     if isinstance(value, Tensor):
         value = value.detach()
-        return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True)
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        return value.to("cpu", copy=True) if keep else None
     return value
 
 
@@ -59,9 +63,10 @@ class Carried:
     scaler: Any  # of fp16, or None
     others: dict[str, Resumable]
 
-    def state(self) -> dict[str, Any]:
-        """Copies, in which sharded tensors are whole; all processes have to ask."""
-        state = {"weights": whole(dict(self.weights)), "optimizer": whole(self.optimizer.state_dict())}
+    def state(self, *, keep: bool = True) -> dict[str, Any]:
+        """Copies, in which sharded tensors are whole; all processes have to ask, also those that keep nothing."""
+        weights, optimizer = (whole(of, keep=keep) for of in (dict(self.weights), self.optimizer.state_dict()))
+        state: dict[str, Any] = {"weights": weights, "optimizer": optimizer}
         state["scaler"] = self.scaler.state_dict() if self.scaler else None
         return state | {name: other.state() for name, other in self.others.items()}
 
@@ -83,12 +88,17 @@ class Carried:
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         kept = {
             i: {
-                name: sharded_like(value, weights[i]) if isinstance(value, Tensor) and value.ndim else value
+                name: sharded_like(value, weights[i]) if _is_like(value, weights[i]) else value
                 for name, value in of_weight.items()
             }
             for i, of_weight in saved["state"].items()
         }
         self.optimizer.load_state_dict({"state": kept, "param_groups": saved["param_groups"]})
+
+
+def _is_like(value: Any, weight: Tensor) -> bool:
+    """Whether a part of an optimizer's state is laid out as its weight is; others are counts, or quantised blocks."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape == weight.shape
 
 
 def _local(weight: Tensor) -> Tensor:
@@ -104,8 +114,13 @@ class EMA:
     def __init__(self, network: nn.Module | Iterable[Tensor], decay: float):
         weights = network.parameters() if isinstance(network, nn.Module) else network
         self.decay = decay
-        self.source = [_local(p.detach()) for p in weights if p.requires_grad]  # shares its memory with p
+        self.parameters = [p for p in weights if p.requires_grad]
         self.weights = [p.float().clone() for p in self.source]
+
+    @property
+    def source(self) -> list[Tensor]:
+        """The weights now: an optimizer may have put others in the place of those of before."""
+        return [_local(p.detach()) for p in self.parameters]
 
     @torch.no_grad()
     def step(self, update: int) -> None:

@@ -1,0 +1,49 @@
+"""The updates of a training, one after the other, with a bar; told to end, it saves first."""
+
+import sys
+from collections.abc import Iterator
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from train.launch import Interruption
+
+
+class Progress:
+    """The loop of a training script:
+
+    progress = Progress(accelerator, update, updates, checkpoint_every)
+    for update in progress:  # how many are done
+        ...                  # one more
+        if progress.advance():
+            ...              # a checkpoint of progress.done updates is due: all processes are told the same
+    progress.end()           # which leaves the program if it was told to end (SIGTERM, Ctrl-C, SIGUSR1)
+    """
+
+    def __init__(self, accelerator: Accelerator, done: int, updates: int, every: int):
+        """done: updates that were made before; every: updates between checkpoints, the last one always has one."""
+        self.accelerator, self.done, self.updates, self.every = accelerator, done, updates, every
+        self.interruption, self.told = Interruption(), False
+        self.bar = tqdm(total=updates, initial=done, unit="update", disable=not accelerator.is_main_process)
+
+    def __iter__(self) -> Iterator[int]:
+        with self.interruption:
+            while self.done < self.updates and not self.told:
+                yield self.done
+        self.bar.close()
+
+    def advance(self) -> bool:
+        """An update is done; whether to save."""
+        self.done += 1
+        self.bar.update()
+        self.told = self.interruption.asked(self.accelerator)
+        return self.told or self.done % self.every == 0 or self.done == self.updates
+
+    def end(self) -> None:
+        """Leaves the program if it was told to end before it was through, with the exit status of the signal; what
+        comes after the last update is left to the next time."""
+        if self.told and self.done < self.updates:
+            self.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
+            self.accelerator.end_training()
+            self.accelerator.print(f"told to end: update {self.done} is saved, and the same command goes on with it")
+            sys.exit(self.interruption.exit_code())
