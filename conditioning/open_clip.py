@@ -12,6 +12,19 @@ from conditioning.text import LongPrompts, TextEncoder
 OpenClipLayer = Literal["last", "penultimate"]
 
 
+def open_model(name: str, weights: str | None, device: str | torch.device = "cpu") -> Any:
+    """`open_clip.create_model` with the activation that the weights were trained with.
+
+    Many a tag ("openai", "metaclip_400m") is of weights for QuickGELU, and listed for architectures of GELU as well:
+    open_clip itself only warns, and computes something else.
+    """
+    import open_clip
+
+    trained = open_clip.get_pretrained_cfg(name, weights) if weights else {}
+    quick = bool(trained.get("quick_gelu"))
+    return open_clip.create_model(name, weights, device=device, force_quick_gelu=quick, require_pretrained=True)
+
+
 class OpenClipEncoder(TextEncoder):
     """Captions to the hidden states of an open_clip text tower, `encoder_hidden_states` [B, chunks * L, D].
 
@@ -61,7 +74,7 @@ class OpenClipEncoder(TextEncoder):
         identifier = f"local-dir:{name}" if is_folder else str(name)
         try:
             weights = str(pretrained) if pretrained else None
-            model = open_clip.create_model(identifier, weights, device=device, require_pretrained=True)
+            model = open_model(identifier, weights, device)
             tokenizer = open_clip.get_tokenizer(identifier)
         except (RuntimeError, FileNotFoundError) as error:
             raise ValueError(f"open_clip cannot open {name} with weights {pretrained}: {error}") from error

@@ -8,6 +8,7 @@ import torch
 
 from pipelines import TextToImagePipeline
 from pipelines.adapters import save_lora
+from pipelines.files import write_json
 from pipelines.folder import load_model, save_model
 from tests.conftest import tiny_text_encoder
 from tests.test_extractors import CLIP
@@ -33,7 +34,12 @@ def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "conv_in.lora_A.weight": torch.randn(2, 4, 3, 3),
         "conv_in.lora_B.weight": torch.randn(channels, 2, 1, 1),
     }
-    save_lora(runs / "student", {"unet": factors}, {"unet": 2}, {"steps": 3, "guidance_scale": 1.0})
+    for name, base in (("student", "model"), ("strange-student", "other-model")):
+        save_lora(runs / name, {"unet": factors}, {"unet": 2}, {"steps": 3, "guidance_scale": 1.0})
+        write_json(runs / name / "atelier.json", {"base": str(runs / base)})
+    with torch.no_grad():
+        model.unet.conv_in.weight.neg_()
+    save_model(model, runs / "other-model")
     return runs
 
 
@@ -73,4 +79,6 @@ def test_a_run_that_is_none_is_named_and_nothing_is_lost(runs: Path, tmp_path: P
         main(Config(runs / "model", runs / "another", None, tmp_path))
     with pytest.raises(ValueError, match="pytorch_lora_weights"):
         main(Config(runs / "model", runs / "clip", runs / "clip", tmp_path))
+    with pytest.raises(ValueError, match=r"strange-student learnt from another model than --model, from .*other-model"):
+        main(Config(runs / "model", runs / "clip", runs / "strange-student", tmp_path))
     assert sorted(tmp_path.rglob("*")) == kept

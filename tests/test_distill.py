@@ -131,6 +131,28 @@ def test_the_null_is_told_of_what_is_no_text() -> None:
     assert null["concat"] is shown
 
 
+@pytest.mark.parametrize("settings", [{"path": "flow", "prediction": "velocity"}, {"path": "edm", "prediction": "edm"}])
+def test_students_on_other_paths_and_of_labels(
+    settings: dict, config: Config, pixels: Settings, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What has no beta table is saved for Atelier alone, with the teacher's own scheduler, and says nothing odd."""
+    job = {"updates": 2, "warmup": 1, "checkpoint_every": 2, "text_encoder": "labels", **settings}
+    teacher = train.ldm.main(replace(pixels, output=tmp_path / "teacher", **job))
+    student = main(replace(config, data="", model=str(teacher), output=tmp_path / "student", steps=2, updates=2))
+    theirs, ours = load_model(teacher).scheduler, load_model(student).scheduler
+    assert ours == theirs | {"timestep_spacing": "trailing"}
+    pipe = TextToImagePipeline.from_pretrained(student, device="cpu")
+    assert np.isfinite(pipe("a red square", output_type="np").images).all()
+    assert not [str(w.message) for w in recwarn if "scheduler" in str(w.message)]
+
+
+def test_a_teacher_of_unknown_data_is_asked_about(model_folder: Path, config: Config, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")  # as another tool leaves one
+    (folder / "atelier.json").unlink()
+    with pytest.raises(ValueError, match="does not say what it was trained on: give --data"):
+        main(replace(config, data="", model=str(folder), output=tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

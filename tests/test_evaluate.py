@@ -15,13 +15,15 @@ import train.judge
 from pipelines.files import save_network
 from pipelines.folder import Defaults
 from tests.test_drawn import needs_font
-from train.evaluate import InMemory, beside_training, draw_rows, evaluate, judged, open_pictogram_judge, several
+from train.evaluate import beside_training, draw_rows, evaluate, judged, open_pictogram_judge, several
 from train.extractors import open_extractor
 from train.pictograms import STYLES, Pictograms, Row, captions, chosen, paint
 from train.recogniser import Recogniser, RecogniserConfig
+from train.reference import InMemory
 from train.results import joined
 from train.samples import Painting
 from train.sources import Drawn
+from vae.autoencoder import Identity
 
 pytestmark = [pytest.mark.usefixtures("in_process"), needs_font]
 
@@ -55,7 +57,7 @@ def test_samples_beside_training(
         training[training.rows.index(row)].image if copies else paint(*row[:3], 32, 77 + i)
         for i, row in enumerate(rows)
     ]
-    options = {"data": "pictograms", "views": 1, "font": None, "cache": tmp_path / "cache"}
+    options = {"data": "pictograms", "views": 1, "font": None, "cache": tmp_path / "cache", "vae": Identity()}
     found = beside_training(images, rows, alike, judge, tmp_path / "out", **options)  # type: ignore[arg-type]
     near, spread = found["memorisation"], found["diversity"]
     said = capsys.readouterr().out
@@ -68,6 +70,8 @@ def test_samples_beside_training(
     else:
         assert 0.5 < near["ratio"] < 2
         assert 0.5 < spread["of_a_prompt"] / spread["of_its_drawings"] < 2
+    assert near["copies_to_training"] < 1e-4  # an autoencoder that loses nothing hides no copy
+    assert near["share_of_copies_nearer_than_1%_of_held_out"] == 1
     assert near["pictures"] == {"samples": len(rows), "held_out": len(rows), "training": len(training)}
     assert json.loads(json.dumps(found)) == found
     with Image.open(tmp_path / "out" / "neighbours.png") as sheet:
@@ -203,6 +207,9 @@ def test_the_command_goes_by_what_the_judge_knows(judge: Path, tmp_path: Path, m
     save_network(Recogniser(RecogniserConfig(tasks=(("class", ("a", "b")),))), classes)
     for words in ([], ["--judge", str(judge)], ["--judge", str(classes)]):
         monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", "bundled", "--prompts", "7", *words])
+        atelier.main()
+    monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", "bundled", "--judge", str(classes), "--cache", "there"])
+    with pytest.raises(SystemExit, match="--cache is for models of pictograms: leave it out"):
         atelier.main()
     out, common = Path("evaluation"), {"prompts": 7, "seed": 0, "batch": 32, "lora": (), "lora_weight": (1.0,)}
     of_pictograms = common | {"font": None, "cache": Path("cache")}

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+from conditioning.open_clip import OpenClipEncoder
 from ldm.classifier import NoisyClassifier, NoisyClassifierConfig
 from pipelines.files import save_network
 from tests.conftest import CAPTIONS, tiny_text_encoder
@@ -221,10 +222,28 @@ def test_a_safetensors_file_and_an_architecture_of_open_clip(tmp_path: Path) -> 
     twin = open_extractor(f"tiny-for-tests-quick:{tmp_path / 'weights.safetensors'}")
     assert not torch.equal(twin(shown), extractor(shown))
     assert twin.digest != extractor.digest
+    assert extractor.is_cut is not None
+    assert [extractor.is_cut(caption) for caption in ("a fox", "fox " * 75, "fox " * 76)] == [False, False, True]
     with pytest.raises(ValueError, match=r"expected a \.safetensors file or one of"):
         open_extractor("ViT-B-32:nothing")
     with pytest.raises(ValueError, match="nowhere"):
         open_extractor("tiny-for-tests:nowhere.safetensors")
+
+
+@pytest.mark.parametrize(("weights", "quick"), [("openai", True), ("laion2b_s34b_b79k", False)])
+def test_weights_have_the_activation_that_they_were_trained_with(
+    weights: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tag for QuickGELU open_clip itself would make a network with GELU, and warn."""
+
+    def create_model(name: str, tag: str, **options: object) -> None:
+        raise ValueError(f"{name} {tag} {options['force_quick_gelu']}")
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    with pytest.raises(ValueError, match=f"ViT-B-32 {weights} {quick}"):
+        open_extractor(f"ViT-B-32:{weights}")
+    with pytest.raises(ValueError, match=f"ViT-B-32 {weights} {quick}"):
+        OpenClipEncoder.from_name("ViT-B-32", weights)
 
 
 def test_inception_is_that_of_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,5 +139,7 @@ def test_what_it_can_not_judge(judge: Path, tmp_path: Path) -> None:
     save_network(Recogniser(RecogniserConfig(tasks=tasks)), tmp_path / "of_pictograms")
     with pytest.raises(ValueError, match="tells object and style apart, which is for models of pictograms"):
         evaluate_classes("bundled", tmp_path / "of_pictograms", tmp_path)
+    with pytest.raises(ValueError, match="expected one field, the class"):
+        evaluate_classes("bundled", judge, tmp_path, template="a {bright} {class}")
     with pytest.raises(ValueError, match="--prompts 1: expected at least 2"):
         evaluate_classes("bundled", judge, tmp_path, prompts=1)

@@ -300,6 +300,7 @@ def test_copies_of_the_training_set_are_found_out(measuring: Measuring, referenc
     assert (pixels[:, 4:68] == pixels[:, 72:136]).all()  # the sample, and its like in training
     known = measure(replace(how, reference=str(reference), out=tmp_path / "same"))["memorisation"]
     assert known["held_out_that_are_in_training"] == 20
+    assert "copies_to_training" not in found  # of a folder: there is no autoencoder to bring copies through
 
 
 def test_accuracy_is_of_samples_and_of_the_reference(measuring: Measuring, reference: Path, tmp_path: Path) -> None:

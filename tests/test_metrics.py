@@ -1,12 +1,15 @@
 """Distances between sets of features: closed forms of Gaussians, scipy and torchmetrics on the same inputs."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist, pdist
+from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
 
 from train.metrics import (
     Moments,
@@ -160,6 +163,37 @@ def test_neighbours() -> None:
 def test_clip_score() -> None:
     a, b = torch.tensor([[1.0, 0], [0, 2], [1, 0]]), torch.tensor([[3.0, 0], [1, 1], [-1, 0]])
     assert clip_score(a, b) == pytest.approx((100 + 100 / math.sqrt(2) + 0) / 3)  # opposites count as 0
+
+
+class Given(torch.nn.Module):
+    """A "CLIP" whose pictures are their own embeddings, and whose texts are those given; and its own processor."""
+
+    config = SimpleNamespace()
+
+    def __init__(self, texts: torch.Tensor):
+        super().__init__()
+        self.texts = texts
+
+    def get_image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.flatten(1)
+
+    def get_text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.texts[ids]
+
+    @staticmethod
+    def process(images: Any = None, text: Any = None, **_: Any) -> dict[str, torch.Tensor]:
+        if images:
+            return {"pixel_values": torch.stack(images)}
+        return dict.fromkeys(("input_ids", "attention_mask"), torch.arange(len(text)))
+
+
+def test_clip_score_is_that_of_torchmetrics() -> None:
+    images, texts = drawn(12, 1).abs(), drawn(12, 2).abs()  # torchmetrics cuts the mean at 0, the paper each pair's
+    given = Given(texts)
+    theirs = torchmetrics_clip_score(
+        list(images.view(12, 1, 1, -1)), [str(i) for i in range(12)], lambda: (given, given.process)
+    )
+    assert clip_score(images, texts) == pytest.approx(float(theirs), abs=1e-4)
 
 
 def test_diversity_is_within_groups() -> None:

@@ -31,6 +31,13 @@ def test_what_is_of_the_same_is_joined_and_the_rest_stays(tmp_path: Path) -> Non
     assert again == both | {"more": [1], "earlier": [{"model": "a", "judge": "k"}, other]}
 
 
+def test_results_that_say_nothing_of_the_same_are_not_joined(tmp_path: Path) -> None:
+    file, of_weights, of_pictures = tmp_path / "figures.json", {"model": "a", "bpd": 3.0}, {"judge": "j", "fid": 9.0}
+    write_result(file, of_weights, of)
+    write_result(file, of_pictures, of)
+    assert json.loads(file.read_text()) == of_pictures | {"earlier": [of_weights]}
+
+
 def test_what_is_said_now_replaces_what_was_said_and_nothing_is_changed() -> None:
     before, now = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3, "c": None}, "d": None, "e": None}
     assert joined(before, now) == {"a": {"b": 3, "c": 2}, "d": [1], "e": None}
@@ -43,6 +50,10 @@ def test_the_interval_of_a_share_is_wilsons(right: int, of: int) -> None:
     theirs = binomtest(right, of).proportion_ci(0.95, method="wilson")
     assert found["right"] == right / of
     assert found["interval_95%"] == pytest.approx([theirs.low, theirs.high], abs=1e-6)
+
+
+def test_pictures_of_one_pair_are_one_draw() -> None:
+    assert counted(184, 200, 50)["interval_95%"] == counted(46, 50)["interval_95%"]
 
 
 def test_what_a_person_is_told() -> None:

@@ -9,15 +9,11 @@ from torch import Tensor
 
 from train.classifier import classes_of
 from train.data import Pictures, read_pictures
-from train.pictograms import Pictograms, Row, find_font, objects_of
+from train.pictograms import Pictograms, Row, find_font, is_drawn, objects_of
 from train.sources import Drawn, Source, describe, open_source
 
 GRAIN = 0.1  # standard deviation of the most noise that pictures are softened by, white being 1 and black -1
 Tasks = tuple[tuple[str, tuple[str, ...]], ...]  # name of what is asked -> names of the answers
-
-
-def is_drawn(data: str) -> bool:
-    return data.partition(":")[0] == "pictograms"
 
 
 def drawings(data: str, size: int, views: int, font: str | None, seed: int) -> tuple[Source, list[Row]]:

@@ -44,7 +44,7 @@ def main(config: Config) -> None:
     read_json(clip / CONFIG)  # or an error that says what is missing
     weights = read_weights(clip, stem)
     _check_same(model, config)
-    student = read_tensors(newest(config.student) / LORA) if config.student else None
+    student = _read_student(model, config.student) if config.student else None
 
     aside = config.out.with_name(f".{config.out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -83,6 +83,17 @@ def _check_same(model: Model, config: Config) -> None:
             f"--clip {config.clip} is another than the one whose text encoder is in {config.model}: give the run of "
             "train/clip.py that the model was trained with"
         )
+
+
+def _read_student(model: Model, run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A student's file; ValueError where it learnt from another model, whose layers may well be of the same shapes."""
+    folder = newest(run)
+    tensors = read_tensors(folder / LORA)
+    base = read_json(folder / "atelier.json").get("base", "")
+    theirs, ours = (part.state_dict() for part in (load_model(base).unet, model.unet))
+    if theirs.keys() != ours.keys() or not all(_near(weight, ours[name]) for name, weight in theirs.items()):
+        raise ValueError(f"--student {run} learnt from another model than --model, from {base!r}: train it anew")
+    return tensors
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Distils a model into one of 1 to 4 steps without guidance:  accelerate launch train/distill.py --model runs/mine
 
+It is shown what the teacher was trained on, or --data.
+
 The student begins as its teacher, --model, and learns to arrive in one step where the guided teacher arrives in
 --substeps of them (`ldm.consistency`). Of the ways to do this it is the one with a single network to train and no
 adversary, its loss says how far it is, and it is sampled by DDIM's own steps: whatever opens a Stable Diffusion folder
@@ -11,7 +13,7 @@ The loop is that of train/ldm.py, with its data, checkpoints and flags; only the
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from ldm.denoiser import Context
 from ldm.guidance import classifier_free
 from ldm.loss import Plain
 from ldm.samplers import SAMPLERS
-from ldm.schedule import step_grid
+from ldm.schedule import VariancePreserving, step_grid
+from pipelines.files import read_json
+from pipelines.find import find_model
 from pipelines.folder import Model, load_model
 from train import settings
 from train.config import parse
@@ -73,7 +77,7 @@ class Config(settings.Config):
 PRESETS = {
     "student": Config(
         model="bundled",
-        data="pictograms",
+        data="",  # what the teacher was trained on
         output=Path("runs/student"),
         steps=4,
         sampler=SAMPLER,
@@ -98,8 +102,9 @@ def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Object
         teacher.unet.to(device).requires_grad_(False).eval()
         student.scheduler = {**student.scheduler, "timestep_spacing": "trailing"}
         steps, schedule = config.steps or 1, student.schedule
-        if schedule.entries:  # every `substeps`-th row of the finer grid is one of the sampler's
+        if isinstance(schedule, VariancePreserving):
             student.scheduler |= {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}  # as other tools read it
+        if schedule.entries:  # every `substeps`-th row of the finer grid is one of the sampler's
             levels = step_grid(schedule, steps * config.substeps, "trailing")
         else:
             grid = SAMPLERS[SAMPLER].grid_for(schedule, spacing="trailing")
@@ -132,11 +137,17 @@ def unconditional(contexts: Callable[[list[str]], Context], context: Context, co
 
 
 def main(config: Config) -> Path:
-    """Raises ValueError for settings that a student has no use for."""
+    """Raises ValueError for settings that a student has no use for, and without --data where the teacher does not say
+    what it was trained on."""
     # Not in __post_init__: the training records its own noise in a config that it makes of this one.
     if changed := [name for name in OTHERS if getattr(config, name) != getattr(settings.Config, name)]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         raise ValueError(f"a student has a loss and noise levels of its own: leave out {flags}")
+    if not config.data:
+        notes = find_model(config.model) / "atelier.json"
+        if not (data := read_json(notes).get("data") if notes.is_file() else ""):
+            raise ValueError(f"--model {config.model} does not say what it was trained on: give --data")
+        config = replace(config, data=data)
     return train.ldm.main(config, distilling(config))
 
 

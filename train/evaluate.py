@@ -11,7 +11,6 @@ samples come to the pictures of training, and how much those of one prompt diffe
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache as remembered
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,18 @@ from pipelines import TextToImagePipeline
 from train.data import generator, to_unit
 from train.extractors import open_extractor
 from train.grid import grid
-from train.hashes import FileHashes
 from train.judge import answers_of, open_judge, verdicts
 from train.launch import start
 from train.metrics import diversity
-from train.neighbours import in_words, memorisation
-from train.pictograms import GROUNDS, STYLES, Pictograms, Row, captions, objects_of, paint
-from train.pictures import Example, digest
+from train.neighbours import copies, in_words, memorisation
+from train.pictograms import GROUNDS, STYLES, Pictograms, Row, captions, is_drawn, objects_of, paint
+from train.pictures import digest
 from train.recogniser import Recogniser
-from train.reference import Reference, open_reference
+from train.reference import InMemory, Reference, open_reference
 from train.results import counted, in_percent, write_result
 from train.samples import NOTES, Painting, open_painter, paint_samples
 from train.sources import open_source
+from vae.autoencoder import Autoencoder, Identity
 
 SIDE = 32  # pixels at which pictures are compared
 PLACEMENTS = (10_001, 10_002)  # seeds of the candidates' drawings
@@ -113,26 +112,6 @@ def reconstruction_psnr(pipe: TextToImagePipeline, rows: list[Row], size: int, f
     return {"all": float(np.mean(every)), **spread, **{s: float(np.mean(v)) for s, v in sorted(by_style.items())}}
 
 
-@dataclass
-class InMemory:
-    """Pictures in memory, as a source."""
-
-    images: list[Image.Image]
-    captions: list[str]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(self.images[index], (self.captions[index],), f"picture {index}")
-
-    def picture_size(self, index: int) -> tuple[int, int]:
-        return self.images[index].size
-
-    def fingerprint(self, hashes: FileHashes | None = None) -> str:
-        return digest(*self.captions, *(image.tobytes() for image in self.images))
-
-
 def judged(judge: Recogniser, images: list[Image.Image], rows: list[Row]) -> dict[str, float]:
     """Share of the pictures in which the judge sees what was asked for, by task: object, style."""
     asked = {"object": [row.object for row in rows], "style": [row.style for row in rows]}
@@ -170,6 +149,7 @@ def beside_training(
     views: int,
     font: str | None,
     cache: Path,
+    vae: Autoencoder | Identity,
 ) -> dict[str, Any]:
     """Memorisation and diversity of the samples of training pairs, in the judge's features.
 
@@ -186,17 +166,20 @@ def beside_training(
     training = open_reference(
         open_source(data, size, font=font, views=views), extractor, size, cache, accelerator, workers=0
     )
+    again = copies(training, vae, len(rows))
+    learnt = opened(again.images, again.captions)
     ours, theirs = opened(images, asked), opened(real, asked)
     some = several(asked)
     drawn = drawn_afresh(several(rows), size, font)
     apart, drawings = (diversity(opened(pictures, some).features(), some)[0] for pictures in (alike, drawn))
     if not accelerator.is_main_process:
         return {}
-    near = memorisation(ours, theirs, training, out / "neighbours.png")
+    near = memorisation(ours, theirs, training, out / "neighbours.png", learnt)
     spread = {"of_a_prompt": apart, "of_its_drawings": drawings, "prompts": len(rows[:ALIKE]), "each": EACH}
     for line in in_words(near, "fresh drawings"):
         print(line)
-    print(f"between pictures of one prompt: samples {apart:.3g}, drawings {drawings:.3g} (features of {judge})")
+    of = f"features of {judge}, {extractor.digest}"
+    print(f"between pictures of one prompt: samples {apart:.3g}, drawings {drawings:.3g} ({of})")
     return {"memorisation": near, "diversity": spread}
 
 
@@ -235,13 +218,13 @@ def evaluate(
     accelerator = start()
     say, how = accelerator.print, Painting(seed=seed, batch=batch)
     pipe = open_painter(model, lora, lora_weight, accelerator.device)
-    trained_on = pipe.model.defaults.data
-    if not trained_on.startswith("pictograms"):
+    trained_on = pipe.model.defaults.data.split("+")[0]  # the first part, without a prior's pictures
+    if not is_drawn(trained_on):
         raise ValueError(
             f"this model was trained on {trained_on or 'unknown data'}, not on pictograms: where it paints classes, "
             "train a judge of them (train/recogniser.py) and give --judge RUN; or a --reference to compare with"
         )
-    objects = objects_of(trained_on.split("+")[0])
+    objects = objects_of(trained_on)
     network = open_pictogram_judge(judge, objects) if judge else None
     out.mkdir(parents=True, exist_ok=True)
 
@@ -265,10 +248,13 @@ def evaluate(
         said = [a if f == row.object else f"wrong ({f}): {a}" for a, f, row in zip(asked, found, rows, strict=True)]
         if accelerator.is_main_process:
             grid(images, said, columns=10).save(out / f"{split}.png")
-        result[split] = {"prompts": count, **counted(count - len(misses), count), "misses": misses}
-        result[split] |= {"seconds_per_picture": seconds, "pairs": len({row[:2] for row in rows})}
+        pairs = len({row[:2] for row in rows})  # whose pictures, on several grounds, are right or wrong together
+        result[split] = {"prompts": count, **counted(count - len(misses), count, pairs), "misses": misses}
+        result[split] |= {"seconds_per_picture": seconds, "pairs": pairs}
+        if seconds:
+            result[split]["processes"] = accelerator.num_processes
         result[split]["painted"] = json.loads((out / "samples" / split / NOTES).read_text())
-        of = f"{count} prompts of {result[split]['pairs']} pairs"
+        of = f"{count} prompts of {pairs} pairs"
         say(f"{split}: {in_percent(result[split])} of {of} closest to their own object")
         if network and judge:
             drawn = judged(network, drawn_afresh(rows, pipe.model.size, font), rows)
@@ -276,8 +262,8 @@ def evaluate(
             shares = (f"{task} {share:.1%} ({drawn[task]:.1%})" for task, share in result[split]["judged"].items())
             say(f"{split} pairs, by {judge} (and of as many fresh drawings): {', '.join(shares)}")
             if split == "train":
-                beside: dict[str, Any] = {"data": trained_on.split("+")[0], "views": pipe.model.defaults.views}
-                beside |= {"font": font, "cache": cache}
+                beside: dict[str, Any] = {"data": trained_on, "views": pipe.model.defaults.views}
+                beside |= {"font": font, "cache": cache, "vae": pipe.model.vae}
                 alike = painted("several", several(asked))
                 result |= beside_training(images, rows, alike, judge, out, **beside)
     rows = draw_rows("train", RECONSTRUCTED, objects, seed + 1, font)

@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from conditioning.open_clip import open_model
 from ldm.classifier import NoisyClassifier
 from pipelines.classifier import load_classifier
 from pipelines.files import newest, read_json
@@ -57,6 +58,7 @@ class Extractor:
     side: int  # of the pictures that it takes, in pixels
     compute: Callable[[Tensor], Tensor]  # uint8 [B, side, side, 3] -> [B, d]
     embed: Callable[[Sequence[str]], Tensor] | None = None  # captions to [B, d], where it is a CLIP
+    is_cut: Callable[[str], bool] | None = None  # whether that reads a caption's beginning alone
     is_fids: bool = False  # FID's own Inception, with the weights whose distances are called FID
     reads: object = None  # all that features hang on beside the weights; None: the network's own `config` and the side
 
@@ -112,9 +114,9 @@ def open_extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
         found = _transformers(name, name)
     else:
         raise ValueError(
-            f"--extractor {name!r}: expected inception, inception:FILE, bundled, a run of train/recogniser.py or "
-            "train/clip.py, a folder or hub id of transformers, or ARCHITECTURE:WEIGHTS of open_clip "
-            "(train/extractors.py lists them)"
+            f"--extractor {name!r}: expected inception, inception:FILE, bundled, a run of train/recogniser.py, "
+            "train/classifier.py or train/clip.py, a folder or hub id of transformers, or ARCHITECTURE:WEIGHTS of "
+            "open_clip (train/extractors.py lists them)"
         )
     found.network.to(device)
     return found
@@ -245,9 +247,12 @@ def _own_clip(name: str, folder: Path) -> Extractor:
         ids = tokenise(clip.tokenizer, captions, clip.length)
         return clip.model.encode_text(ids.to(next(clip.model.parameters()).device))
 
+    def is_cut(caption: str) -> bool:
+        return len(clip.tokenizer.encode(caption)) + 2 > clip.length
+
     reads = read_json(folder / CONFIG)
     return Extractor(
-        name, clip.model, clip.size, lambda pixels: clip.model.encode_image(to_unit(pixels)), embed, reads=reads
+        name, clip.model, clip.size, lambda pixels: clip.model.encode_image(to_unit(pixels)), embed, is_cut, reads=reads
     )
 
 
@@ -262,7 +267,7 @@ def _open_clip(name: str, architecture: str, weights: str) -> Extractor:
             f"--extractor {name}: expected a .safetensors file or one of {', '.join(tags)} after the colon"
         )
     try:
-        model: Any = open_clip.create_model(architecture, pretrained=weights, require_pretrained=True)
+        model = open_model(architecture, weights)
     except Exception as error:  # of the network, the hub, the file
         raise ValueError(f"--extractor {name}: {type(error).__name__}: {error}. {HERE}") from None
     tokenizer, side = open_clip.get_tokenizer(architecture), model.visual.image_size
@@ -273,8 +278,14 @@ def _open_clip(name: str, architecture: str, weights: str) -> Extractor:
     def embed(captions: Sequence[str]) -> Tensor:
         return model.encode_text(tokenizer(list(captions)).to(next(model.parameters()).device))
 
-    reads = (open_clip.get_model_config(architecture), said["mean"], said["std"], side)
-    return Extractor(name, model, side, lambda pixels: model.encode_image(normal(pixels)), embed, reads=reads)
+    def is_cut(caption: str) -> bool:
+        longer = tokenizer([caption], context_length=2 * tokenizer.context_length)
+        counts = [int((ids != longer[0, -1]).sum()) for ids in (tokenizer([caption]), longer)]  # the last one fills
+        return counts[0] < counts[1]
+
+    activation = bool(open_clip.get_pretrained_cfg(architecture, weights).get("quick_gelu"))
+    reads = (open_clip.get_model_config(architecture), activation, said["mean"], said["std"], side)
+    return Extractor(name, model, side, lambda pixels: model.encode_image(normal(pixels)), embed, is_cut, reads=reads)
 
 
 def _transformers(name: str, where: str) -> Extractor:
@@ -324,11 +335,17 @@ def _transformers(name: str, where: str) -> Extractor:
         return output.image_embeds if config.model_type in kinds else output.last_hidden_state[:, 0]
 
     def embed(captions: Sequence[str]) -> Tensor:
-        ids = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(model.device)
+        how = {"padding": True, "truncation": True, "max_length": config.text_config.max_position_embeddings}
+        ids = tokenizer(list(captions), **how, return_tensors="pt").to(model.device)
         return model.get_text_features(**ids).pooler_output
 
+    def is_cut(caption: str) -> bool:
+        return len(tokenizer(caption).input_ids) > config.text_config.max_position_embeddings
+
     reads = (config.model_type, _without_versions(config.to_diff_dict()), list(mean), list(std), side)
-    return Extractor(name, model, side, compute, embed if tokenizer else None, reads=reads)
+    if not tokenizer:
+        return Extractor(name, model, side, compute, reads=reads)
+    return Extractor(name, model, side, compute, embed, is_cut, reads=reads)
 
 
 def _without_versions(said: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Folders of pictures, and where their captions are found: metadata.jsonl, metadata.csv, .txt files, class folders."""
+"""Folders of pictures, and where their captions are found: in the first that is there of metadata.jsonl, metadata.csv,
+.txt files beside pictures, and the names of the folders that they are in."""
 
 import csv
 import io
@@ -93,7 +94,7 @@ def open_folder(folder: Path, template: Template | None = None) -> FolderSource:
 
 
 def _captions(folder: Path, pictures: list[Path], template: Template | None) -> Found:
-    """Where captions were found, by the precedence in the module's text, and file -> captions."""
+    """Where captions were found, the first of what the module's text lists, and file -> captions."""
     for name in ("metadata.jsonl", "metadata.csv"):
         if (folder / name).is_file():
             return Found(name, _read_metadata(folder / name, template))

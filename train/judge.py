@@ -145,6 +145,8 @@ def evaluate_classes(
             f"the judge {judge} looks at latents of {channels} channels: expected one of pixels "
             "(train/classifier.py --preset clean)"
         )
+    if template and not _made(names[0], template):
+        raise ValueError(f"--template {template!r}: expected one field, the class, such as 'a photo of a {{class}}'")
     said = [_made(name, template)[0] if template else name for name in names]
     each = prompts // len(names)
     if not each:

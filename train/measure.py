@@ -21,7 +21,7 @@ from train.hashes import FileHashes
 from train.judge import right_by_caption
 from train.launch import start
 from train.metrics import clip_score, diversity, frechet_distance, kernel_distance, precision_recall
-from train.neighbours import in_words, memorisation
+from train.neighbours import copies, in_words, memorisation
 from train.recogniser import Recogniser
 from train.reference import Reference, open_reference
 from train.results import joined, write_result
@@ -206,12 +206,14 @@ def _of_features(
             )
     if "accuracy" in how.wanted:
         _right(extractor, reference, how.template)  # which says what it can't judge
-    training = None
+    training = learnt = None
     if how.training:
         plain = replace(how, template="")
         views = pipe.model.defaults.views if pipe else 1
         real = _open_real(plain, how.training, size, needed=False, say=say, views=views)
         training = open_set(real, extractor, how.cache)
+        if pipe is not None:
+            learnt = open_set(copies(training, pipe.model.vae, min(count, 1000)), extractor, how.out / "features")
     if pipe is not None:
         prompts = prompts_of(pipe, reference.captions, count, how.painting.seed)
         pipe.set_progress_bar_config(disable=True)
@@ -237,7 +239,7 @@ def _of_features(
         say(_line(found, size, reference, clip if found["metric"] == "clip" else extractor))
         _write(how, result)  # what comes next may fail
     if training is not None:
-        result["memorisation"] = memorisation(samples, reference, training, how.out / "neighbours.png")
+        result["memorisation"] = memorisation(samples, reference, training, how.out / "neighbours.png", learnt)
         _write(how, result)
         for line in in_words(result["memorisation"], "the reference"):
             say(line)
@@ -310,7 +312,8 @@ def _clip(embedded: Reference, clip: Extractor) -> dict[str, Any]:
             texts.append(clip.embed([embedded.captions[i] for i in part.tolist()]).float().cpu())
     value = clip_score(embedded.features()[said], torch.cat(texts))
     found = {"metric": "clip", "name": f"CLIP score by {clip.name}", "value": value, "samples": len(said)}
-    return found | {"clip": clip.described()}
+    cut = {caption for caption in embedded.captions if caption and clip.is_cut and clip.is_cut(caption)}
+    return found | {"clip": clip.described(), "cut_prompts": len(cut)}
 
 
 def _right(extractor: Extractor, pictures: Reference, template: str) -> tuple[dict[str, float], int]:
@@ -328,7 +331,10 @@ def _line(found: dict[str, Any], size: int, reference: Reference, extractor: Ext
     value = _said(found["value"]) + (f" ± {found['deviation']:.4f}" if "deviation" in found else "")
     if "reference_value" in found:
         value += f" (of the reference {_said(found['reference_value'])})"
-    against = f", {found['pictures']} pictures of reference {reference.hash}" if "pictures" in found else ""
+    against = f", {found['pictures']} pictures of" if "pictures" in found else ","
+    against += f" reference {reference.hash}"
+    if found.get("cut_prompts"):
+        against += f", {found['cut_prompts']} of the prompts longer than it reads"
     return (
         f"{found['name']}: {value} [{found['samples']} samples{against}; extractor {extractor.digest}, pictures of "
         f"{size}×{size} {extractor.resize}]"

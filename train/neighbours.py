@@ -4,11 +4,17 @@ pictures come that it was not trained on; and the nearest shown beside the sampl
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from pipelines.picture import to_pil
+from train.data import to_unit
 from train.grid import grid
 from train.metrics import nearest
-from train.reference import Reference
+from train.reference import InMemory, Reference
+from train.samples import drawn_rows
+from vae.autoencoder import Autoencoder, Identity
 
 SHOWN = 12  # samples with their nearest training pictures: the nearest of all, and as many others
 SAME = 1e-6  # distance, as a share of the features' length, below which pictures are the same one
@@ -22,8 +28,13 @@ def in_words(found: dict[str, Any], held_out: str) -> list[str]:
         f"distance to the nearest training picture, median: of samples {found['samples_to_training']:.4g}, "
         f"of {held_out} {found['held_out_to_training']:.4g}; nearer than the nearest {NEAR:.0%} of {held_out} are "
         f"{found['share_of_samples_nearer_than_1%_of_held_out']:.1%} of {counts['samples']} samples; side by side in "
-        f"{found['sheet']}"
+        f"{found['sheet']} [training set {found['training_hash']}]"
     ]
+    if (share := found.get("share_of_copies_nearer_than_1%_of_held_out")) is not None:
+        lines.append(
+            f"of training pictures that the autoencoder gives back {share:.1%} are as near, at a median of "
+            f"{found['copies_to_training']:.4g}: so well would copies be seen"
+        )
     if known := found["held_out_that_are_in_training"]:
         lines.append(
             f"warning: {known} of {counts['held_out']} pictures of {held_out} are in the training set: samples look "
@@ -32,12 +43,29 @@ def in_words(found: dict[str, Any], held_out: str) -> list[str]:
     return lines
 
 
-def memorisation(samples: Reference, held_out: Reference, training: Reference, sheet: Path) -> dict[str, Any]:
+@torch.no_grad()
+def copies(training: Reference, vae: Autoencoder | Identity, count: int) -> InMemory:
+    """`count` training pictures, drawn at random, as the autoencoder gives them back: what a model that had learnt them
+    by heart would paint."""
+    weight = next(vae.parameters(), torch.empty(0))
+    images: list[Image.Image] = []
+    for rows in torch.tensor(drawn_rows(len(training), count)).split(32):
+        pixels = torch.stack([torch.from_numpy(np.array(training.picture(row))) for row in rows.tolist()])
+        latents = vae.encode(to_unit(pixels).to(weight)).mode
+        images += [to_pil(picture) for picture in vae.decode(latents)]
+    return InMemory(images, [""] * len(images))
+
+
+def memorisation(
+    samples: Reference, held_out: Reference, training: Reference, sheet: Path, learnt: Reference | None = None
+) -> dict[str, Any]:
     """Compares the distances, in features, and writes the sheet.
+
+    learnt: what `copies` makes, which shows whether copies would be seen: an autoencoder changes pictures as well.
 
     Returns the medians of the distances to the nearest training picture, their ratio, and which share of the samples is
     nearer than all but NEAR of the held-out pictures are, without those that are in the training set: about NEAR where
-    nothing is memorised, and 1 in n + 1 where these n are fewer than 1 / NEAR.
+    nothing is memorised, and 1 in n + 1 where these n are fewer than 1 / NEAR. With `learnt` the same two of those.
     """
     known = training.features()
     distances, indices = nearest(samples.features(), known)
@@ -56,11 +84,17 @@ def memorisation(samples: Reference, held_out: Reference, training: Reference, s
     same = theirs < SAME * known.square().sum(1).mean().sqrt()
     apart = theirs[~same]  # beside pictures that are in the training set nothing would look like a copy
     near = apart.quantile(NEAR, interpolation="lower") if len(apart) else 0.0
+    control: dict[str, Any] = {}
+    if learnt is not None:
+        copied = nearest(learnt.features(), known).values[:, 0]
+        control["copies_to_training"] = float(copied.median())
+        control["share_of_copies_nearer_than_1%_of_held_out"] = float((copied < near).double().mean())
     return {
         "samples_to_training": one,
         "held_out_to_training": other,
         "ratio": one / other if other else None,
         "share_of_samples_nearer_than_1%_of_held_out": float((ours < near).double().mean()),
+        **control,
         "held_out_that_are_in_training": int(same.sum()),
         "pictures": {"samples": len(samples), "held_out": len(held_out), "training": len(training)},
         "training_hash": training.hash,

@@ -151,6 +151,11 @@ def chosen(objects: str | Sequence[str] = "everyday") -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def is_drawn(data: str) -> bool:
+    """Whether a part of --data is drawn: "pictograms", or those of some objects."""
+    return data.partition(":")[0] == "pictograms"
+
+
 def objects_of(data: str) -> tuple[str, ...]:
     """The objects of "pictograms" or "pictograms:OBJECTS", as `--data` has it."""
     return chosen(data.partition(":")[2] or "everyday")

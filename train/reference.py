@@ -3,6 +3,7 @@ extractor's weights, written in shards by as many processes as there are, so tha
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from train.data import fit, permutation, read, refuse_unusable, written_aside
 from train.extractors import Extractor
 from train.hashes import FileHashes
 from train.metrics import Moments
-from train.pictures import Source, digest, refuse_numbers
+from train.pictures import Example, Source, digest, refuse_numbers
 
 SHARD = 512  # pictures whose features are in one file
 FORMAT = "1"
@@ -72,6 +73,26 @@ class Reference:
     def picture(self, row: int) -> Image.Image:
         """As the extractor was shown it, but for its own resizing."""
         return Image.fromarray(fit(self.source[self.rows[row]].image, self.size))
+
+
+@dataclass
+class InMemory:
+    """Pictures in memory, as a source."""
+
+    images: list[Image.Image]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self.images[index], (self.captions[index],), f"picture {index}")
+
+    def picture_size(self, index: int) -> tuple[int, int]:
+        return self.images[index].size
+
+    def fingerprint(self, hashes: FileHashes | None = None) -> str:
+        return digest(*self.captions, *(image.tobytes() for image in self.images))
 
 
 def open_reference(

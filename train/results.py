@@ -41,11 +41,14 @@ def write_result(
         partial.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def counted(right: int, of: int) -> Result:
-    """A share, and the 95% interval of the chance behind it (Wilson, 1927)."""
-    z, share = 1.959964, right / of
-    middle = (share + z**2 / (2 * of)) / (1 + z**2 / of)
-    half = z / (1 + z**2 / of) * math.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2)
+def counted(right: int, of: int, draws: int | None = None) -> Result:
+    """A share, and the 95% interval of the chance behind it (Wilson, 1927).
+
+    draws: how many of them are drawn apart, where several are of one thing (pictures of one pair); by default all.
+    """
+    z, share, n = 1.959964, right / of, draws or of
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     return {"right": share, "interval_95%": [max(0.0, middle - half), min(1.0, middle + half)]}
 
 
@@ -56,4 +59,6 @@ def in_percent(found: Result) -> str:
 
 
 def _alike(one: Result, other: Result) -> bool:
-    return all(None in (one[key], other[key]) or one[key] == other[key] for key in one)
+    """Whether two results are of the same: in all that both say, and that is something."""
+    said = [one[key] == other[key] for key in one if None not in (one[key], other[key])]
+    return bool(said) and all(said)

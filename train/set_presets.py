@@ -84,7 +84,7 @@ LECTURE = {
 }
 
 # MNIST and CIFAR-10 within minutes: accelerate launch train/ldm.py --preset NAME --data mnist-train.parquet, or
-# cifar10-train.parquet. Times are of one core of the 2-core reference machine. "Right" is the share of samples that
+# cifar10-train.parquet. Times are of one core of an AMD EPYC. "Right" is the share of samples that
 # `atelier evaluate` with a classifier of clean digits (99.0% of test digits right) finds to be the digit asked for;
 # "errors" are those of the validation at sigma 0.25, 0.5, 1, 2 and 8; bits those of `atelier bits` on test pictures
 # (of CIFAR-10 a copy that was JPEG, which is easier to tell: no comparison with published bits).

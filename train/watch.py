@@ -119,7 +119,7 @@ def sample_prompts(config: Config, model: Model, latents: Latents) -> list[str]:
         from train.shapes import CANONICAL_PROMPTS
 
         return list(CANONICAL_PROMPTS)
-    if config.data.startswith("pictograms"):
+    if config.data.split("+")[0].partition(":")[0] == "pictograms":
         from train.pictograms import CANONICAL_PROMPTS
 
         return list(CANONICAL_PROMPTS)

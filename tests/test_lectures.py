@@ -1,4 +1,4 @@
-"""The lectures' formulas that no other test holds as they are written there, and docs/seeds.md, the page of all.
+"""The lectures' formulas that no other test holds as they are written there, and docs/lectures.md, the page of all.
 
 In the lectures' symbols: a_t = 1 - beta_t, bar is the product of the a's, and x_t = sqrt(bar) x, x = x_0 + sigma eps.
 """
@@ -314,7 +314,7 @@ def test_edms_network_is_asked_for_numbers_of_one_size(d):
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 
-PAGE = ROOT / "docs" / "seeds.md"
+PAGE = ROOT / "docs" / "lectures.md"
 NAME = re.compile(r"`([\w/]+\.py)(?:::([\w.]+))?`")
 
 
@@ -345,8 +345,8 @@ def test_what_the_page_names_exists():
     named = NAME.findall(PAGE.read_text("utf-8"))
     assert len(named) > 100
     for file, name in named:
-        assert (ROOT / file).is_file(), f"docs/seeds.md names {file}, which does not exist"
-        assert not name or name in names_of(file), f"docs/seeds.md names {file}::{name}, which does not exist"
+        assert (ROOT / file).is_file(), f"docs/lectures.md names {file}, which does not exist"
+        assert not name or name in names_of(file), f"docs/lectures.md names {file}::{name}, which does not exist"
 
 
 def test_every_formula_has_code_and_a_proof_or_says_why_not():
