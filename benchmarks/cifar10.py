@@ -141,7 +141,7 @@ def prepare(options: Options) -> dict[str, str]:
         source, lines = open_source(str(files["train"]), 32), []
         for i in range(options.samples):
             source[i].image.save(real / f"{i:06d}.png")
-            lines.append(json.dumps({"file_name": f"{i:06d}.png", "text": source[i].captions[0]}) + "\n")
+            lines.append(json.dumps({"file_name": f"{i:06d}.png", "text": (*source[i].captions, "")[0]}) + "\n")
         (real / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return {name: str(path) for name, path in (files | {"real": real}).items()}
 
@@ -221,6 +221,10 @@ def sides_of(options: Options, train: str, where: Sequence[int | None]) -> list[
         every = round(eighth)
         ready.append(replace(side, config=replace(side.config, updates=8 * every, checkpoint_every=every)))
     return ready
+
+
+def samples_of(options: Options, side: Side, update: int, seed: int) -> Path:
+    return side.folder / f"samples-{update}-{seed}-{options.samples}"
 
 
 def judge(
@@ -319,7 +323,7 @@ def main(options: Options) -> None:
         model = side.config.output / f"checkpoint-{update:07d}"
         some = references if update == side.config.updates else {"test": data["test"]}
         for seed in options.seeds if update == side.config.updates else options.seeds[:1]:
-            place = side.folder / f"samples-{update}-{seed}"
+            place = samples_of(options, side, update, seed)
             jobs[f"measuring {side.name} {update} {seed}"] = (judge, options, str(model), some, place, seed)
     measured = together(jobs, where, logs)
 
@@ -344,7 +348,7 @@ def main(options: Options) -> None:
     told |= {"floor": floor["metrics"], "extractor": floor["extractor"]}
     write(options, told | {"verdicts": verdicts(rows, list(about)), "rows": rows})
     first = options.seeds[0]
-    folders = {side.name: side.folder / f"samples-{side.config.updates}-{first}" / "samples" for side in sides}
+    folders = {side.name: samples_of(options, side, side.config.updates, first) / "samples" for side in sides}
     sheet(folders, named(options.files, "_samples.png"))
 
 

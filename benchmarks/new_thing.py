@@ -28,11 +28,9 @@ from PIL import Image
 
 from benchmarks.machine import described
 from pipelines import TextToImagePipeline
-from train.evaluate import draw_rows, nearest, open_pictogram_judge
+from train.evaluate import draw_rows, judged, nearest, open_pictogram_judge
 from train.grid import grid
-from train.judge import answers_of, verdicts
 from train.pictograms import GROUNDS, STYLES, Row, captions, chosen, paint
-from train.recogniser import Recogniser
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = {  # the grounds of the 20 pictures, by style
@@ -105,14 +103,6 @@ def share(images: list[Image.Image], rows: list[Row], objects: tuple[str, ...]) 
     return sum(found) / len(found)
 
 
-def style_share(judge: Recogniser, images: list[Image.Image], rows: list[Row]) -> float:
-    """Of the pictures that are in the style asked for."""
-    names = [task for task, _ in judge.config.tasks]
-    styles = answers_of(judge)["style"]
-    found = [styles[i] for i in verdicts(judge, images, names.index("style")).tolist()]
-    return sum(style == row.style for style, row in zip(found, rows, strict=True)) / len(rows)
-
-
 def ask(options: Options, model: str, rows: list[Row], known: tuple[str, ...]) -> tuple[dict[str, Any], list, list]:
     """The shares of right samples, and of some the pictures and their prompts."""
     judge = open_pictogram_judge(options.judge, known)
@@ -121,7 +111,7 @@ def ask(options: Options, model: str, rows: list[Row], known: tuple[str, ...]) -
     prompts = [caption(options, row.style, row.ground) for row in rows]
     images = asked(pipe, prompts)
     found: dict[str, Any] = {"new": share(images, rows, objects), "new_prompts": len(rows)}
-    found["new_style"] = style_share(judge, images, rows)
+    found["new_style"] = judged(judge, images, rows)["style"]
     for style in dict.fromkeys(row.style for row in rows):
         of_style = [i for i, row in enumerate(rows) if row.style == style]
         found[f"new_{style}"] = share([images[i] for i in of_style], [rows[i] for i in of_style], objects)
@@ -132,7 +122,7 @@ def ask(options: Options, model: str, rows: list[Row], known: tuple[str, ...]) -
         prompts = [captions(*row[:3])[0] for row in rows]
         images = asked(pipe, prompts)
         found[f"old_{split}"], found[f"old_{split}_prompts"] = share(images, rows, objects), len(rows)
-        found[f"old_{split}_style"] = style_share(judge, images, rows)
+        found[f"old_{split}_style"] = judged(judge, images, rows)["style"]
         if split == "train":
             shown, said = shown + images[:8], said + prompts[:8]
     return found, shown, said

@@ -2,7 +2,7 @@
 
 Three figures a side, all taken in turns: from process start to the first picture on the disk, in fresh processes; the
 same picture warm, and a batch of 8, in a process of each side that waits while the other paints. Same prompt, same
-number of DPM++ 2M steps, same guidance, float32 on a CPU and bfloat16 on a GPU. Without --model the peer of the design
+number of DPM++ 2M steps, same guidance, float32 on a CPU and bfloat16 on a GPU. Without --model a small standard model
 is built with random weights: a U-Net of 64, 128, 192 channels on 16×16×4 latents, a CLIP text encoder of 4 layers, a
 KL-f8 autoencoder of 3.4 M parameters.
 """
@@ -57,7 +57,7 @@ for line in sys.stdin:
 class Config:
     """Settings of the comparison."""
 
-    model: Path | None = None  # a Stable Diffusion folder; by default the peer of the design, with random weights
+    model: Path | None = None  # a Stable Diffusion folder; by default a small standard model, with random weights
     steps: int = 20
     repeats: int = 9  # of each figure
     device: str = "cpu"
@@ -65,7 +65,7 @@ class Config:
 
 
 def random_peer(folder: Path) -> Path:
-    """The design's peer, written as a folder that both sides open."""
+    """That model, written as a folder that both sides open."""
     import torch
 
     from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
@@ -176,7 +176,10 @@ def main(config: Config) -> None:
         ours, theirs = medians["atelier"][key], medians["diffusers"][key]
         print(f"{label:<28}{ours:>10.2f}{theirs:>11.2f}{theirs / ours:>8.2f}")
     if config.out:
-        config.out.write_text(json.dumps({"machine": described(), "seconds": figures}, indent=2) + "\n")
+        settings = {"steps": config.steps, "device": config.device, "dtype": values["dtype"]}
+        settings["model"] = str(config.model or "random weights")
+        told = {"machine": described(), "settings": settings, "seconds": figures}
+        config.out.write_text(json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training speed beside the procedure of diffusers' text-to-image example, in one run:  python benchmarks/training.py
 
-The same folder of a model (that of the design: a U-Net of 11.5 M parameters on 16×16×4 latents, a CLIP text encoder of
-4 layers, a KL-f8 autoencoder of 3.4 M), the same pictures, batch, precision, optimizer (AdamW), gradient clipping and
+The same folder of a model (a small standard one, a U-Net of 11.5 M parameters on 16×16×4 latents, a CLIP text encoder
+of 4 layers, KL-f8 of 3.4 M), the same pictures, batch, precision, optimizer (AdamW), gradient clipping and
 EMA, and as many threads. The other side is what that example does, with diffusers' and transformers' own modules: each
 step decodes the pictures, encodes them and their captions, draws noise for DDPMScheduler and takes the square error.
 Ours is `train/ldm.py` itself: from its cache of latents and contexts, in one process and in one of a thread for each

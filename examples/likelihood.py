@@ -25,7 +25,7 @@ from ldm.schedule import VariancePreserving
 
 DATA = Mixture([0.2, 0.3, 0.5], [[-1.2, 0.9], [1.1, 0.8], [0.1, -0.9]], [0.25, 0.2, 0.35])
 BOTTOM, TOP = 0.05, 80.0  # noise levels: the likelihood is that of x at the lower
-FORMS = {"003, by the posterior": elbo, "001, by both neighbours": consistency_elbo}
+FORMS = {"by the posterior (DDPM)": elbo, "by both neighbours (Luo)": consistency_elbo}
 
 
 def flow(x: Tensor, tolerance: float, probes: int = 0, seed: int = 0) -> Tensor:
