@@ -50,10 +50,10 @@ def main(options: Options) -> None:
     device = pipes["default"].device.type
     print(f"{described()}, {device}: seconds a picture, medians of {options.repeats}")
     for size in sizes:
-        ours, theirs = (statistics.median(seconds[name][str(size)]) for name in ("default", "student"))
+        default, student = (statistics.median(seconds[name][str(size)]) for name in ("default", "student"))
         least, most = (pick(seconds["default"][str(size)]) for pick in (min, max))
         spread = f"{least:.3f} to {most:.3f}"
-        print(f"{size} at once: default {ours:.3f} ({spread}), student {theirs:.3f}, ratio {ours / theirs:.1f}")
+        print(f"{size} at once: default {default:.3f} ({spread}), student {student:.3f}, ratio {default / student:.1f}")
     result = {"machine": described(), "device": device, "settings": said, "seconds_per_picture": seconds}
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -20,7 +20,7 @@ def open_model(name: str, weights: str | None, device: str | torch.device = "cpu
     """
     import open_clip
 
-    trained = open_clip.get_pretrained_cfg(name, weights) if weights else {}
+    trained = open_clip.get_pretrained_cfg(name.replace("/", "-"), weights) if weights else {}
     quick = bool(trained.get("quick_gelu"))
     return open_clip.create_model(name, weights, device=device, force_quick_gelu=quick, require_pretrained=True)
 

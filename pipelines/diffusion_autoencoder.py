@@ -77,6 +77,7 @@ class DiffusionAutoencoderPipeline:
         return next(self.unet.parameters()).device
 
     @torch.no_grad()
+    @exact_float32()
     def semantic(self, images: Any) -> Tensor:
         """The semantic codes alone, [N, D]."""
         return torch.cat([self.encoder.encode(part) for part in self._images(images).split(BATCH)])

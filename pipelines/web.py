@@ -1,11 +1,12 @@
 """A page to paint on, in a browser: `atelier web`, or `page(pipe).launch()`. Needs gradio: pip install -e '.[web]'."""
 
+import math
 import random
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
@@ -38,12 +39,16 @@ def page(pipe: TextToImagePipeline) -> Any:
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> tuple[list[str], str]:
         seed = random.randrange(2**31) if seed is None else int(seed)
-        image, mask = begun(drawn)
-        begin: dict[str, Any] = {"image": image, "mask": mask, "strength": strength} if image else {}
+        image, mask = begun(drawn, model.size, model.vae.downscale)
+        begin: dict[str, Any] = {"image": image, "mask": mask} if image else {}
+        if image and not mask:
+            begin["strength"] = strength
         call: dict[str, Any] = {"negative_prompt": negative or None, "num_images_per_prompt": int(count), "seed": seed}
         call |= {"steps": int(steps), "guidance_scale": guidance, "sampler": sampler}
         try:
-            painted = pipe(prompt, **call, **begin, callback=lambda i, *_: progress((i + 1, int(steps)), unit="steps"))
+            painted = pipe(
+                prompt or "", **call, **begin, callback=lambda i, *_: progress((i + 1, int(steps)), unit="steps")
+            )
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
         place = Path(tempfile.mkdtemp(dir=folder.name))
@@ -61,21 +66,23 @@ def page(pipe: TextToImagePipeline) -> Any:
                     prompt = gr.Dropdown(list(model.conditioner.names), label="What to paint")
                 else:
                     told = not isinstance(model.conditioner, Unconditional)
-                    prompt = gr.Textbox(label="What to paint", lines=2, visible=told)
+                    prompt = gr.Textbox(value="", label="What to paint", lines=2, visible=told)
                 button = gr.Button("Paint", variant="primary")
                 count = gr.Slider(1, MOST, 1, step=1, label="Pictures")
                 with gr.Accordion("How", open=False):
+                    scale = defaults.guidance_scale
                     guided = defaults.caption_dropout != 0 and not isinstance(model.conditioner, Unconditional)
-                    negative = gr.Textbox(label="What to steer away from", visible=guided and prompt.visible)
-                    guidance = gr.Slider(1, 15, defaults.guidance_scale, step=0.1, label="Guidance", visible=guided)
+                    negative = gr.Textbox("", label="What to steer away from", visible=guided and prompt.visible)
+                    guidance = gr.Slider(1, max(15, scale), max(1, scale), step=0.1, label="Guidance", visible=guided)
                     seed = gr.Number(None, label="Seed (empty: another each time)", precision=0, minimum=0)
-                    steps = gr.Slider(1, 200, defaults.steps, step=1, label="Steps")
+                    steps = gr.Slider(1, max(200, defaults.steps), defaults.steps, step=1, label="Steps")
                     sampler = gr.Dropdown(
                         list(SAMPLERS), value=defaults.sampler or sampler_of(model.scheduler), label="Sampler"
                     )
                 with gr.Accordion("Begin from a picture; paint over the parts to be filled", open=False):
                     drawn = gr.ImageMask(type="pil", layers=False, show_label=False)
-                    strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="Share of the steps that are run on it")
+                    label = "Share of the steps that are run on it, where nothing is painted over"
+                    strength = gr.Slider(0.05, 1, 0.8, step=0.05, label=label)
             with gr.Column():
                 gallery = gr.Gallery(label="Pictures", format="png", object_fit="contain", columns=2)
                 said = gr.Textbox(label="Painted from", interactive=False)
@@ -85,10 +92,18 @@ def page(pipe: TextToImagePipeline) -> Any:
     return blocks
 
 
-def begun(drawn: dict[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """The picture to begin from and the mask painted on it, of what the editor gives; None where there is none."""
+def begun(drawn: dict[str, Any] | None, size: int, multiple: int) -> tuple[Image.Image | None, Image.Image | None]:
+    """The picture to begin from and the mask painted on it, of what the editor gives; None where there is none.
+
+    Both are brought to about as many pixels as a square of `size` has, in the picture's ratio, sides multiples of
+    `multiple`: what the model was trained on.
+    """
     if not drawn or drawn["background"] is None:
         return None, None
     strokes = [layer.getchannel("A").point(lambda alpha: 255 * (alpha > 0)) for layer in drawn["layers"] if layer]
     mask = strokes[0] if strokes and strokes[0].getbbox() else None
-    return drawn["background"].convert("RGB"), mask
+    picture = drawn["background"].convert("RGB")
+    scale = size / math.sqrt(picture.width * picture.height)
+    sides = tuple(max(1, round(side * scale / multiple)) * multiple for side in picture.size)
+    picture = ImageOps.fit(picture, sides, Image.Resampling.LANCZOS)
+    return picture, mask and ImageOps.fit(mask, sides, Image.Resampling.NEAREST)

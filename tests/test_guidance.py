@@ -159,7 +159,7 @@ def test_classifier_guidance_is_the_conditional_denoiser(sigma):
         def log_probability(place, level, part=part):
             return log_parts(place, level).log_softmax(1)[:, part]
 
-        with torch.inference_mode():  # as the pipeline calls it
+        with torch.inference_mode():  # as somebody may call it
             guided = classifier_guided(denoise_all, log_probability)(x, sigma)
         torch.testing.assert_close(guided, denoise_part(x, sigma, part))
         levels = torch.full((16,), sigma, dtype=torch.float64)

@@ -1,6 +1,7 @@
 """The page: what is asked for on it is what a call paints, and what is wrong is said there."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from pipelines import TextToImagePipeline
 from pipelines.web import begun, page
+from train.ldm import main
 
 CALL: dict[str, Any] = {"steps": 3, "guidance": 2.0, "sampler": "heun", "negative": "grey", "strength": 0.5}
 
@@ -63,8 +65,10 @@ def test_it_begins_from_a_picture_and_fills_what_is_painted_over(
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (0, 0, 16, 8))
     how = {"steps": 3, "guidance_scale": 2.0, "sampler": "heun", "negative_prompt": "grey", "seed": 1}
-    wanted = pipe("a tree", image=picture, mask=mask, strength=0.5, **how).images[0]
+    wanted = pipe("a tree", image=picture, mask=mask, **how).images[0]  # what is painted over is forgotten
     assert np.array_equal(found, np.asarray(wanted))
+    (found,), _ = asked(client, "a tree", count=1, seed=1, drawn=drawn | {"layers": []}, **CALL)
+    assert np.array_equal(found, np.asarray(pipe("a tree", image=picture, strength=0.5, **how).images[0]))
 
 
 def test_what_is_wrong_is_said_on_the_page(client: Client, tmp_path: Path) -> None:
@@ -75,10 +79,34 @@ def test_what_is_wrong_is_said_on_the_page(client: Client, tmp_path: Path) -> No
         asked(client, "a tree", count=1, drawn=drawn, **CALL | {"strength": 0.1})
 
 
+@pytest.mark.parametrize("kind", ["labels", "none"])
+def test_models_of_labels_and_of_nothing(kind: str, pixels: Any, tmp_path: Path, in_process: None) -> None:
+    """Whose default settings may lie beyond what the page has for others."""
+    unusual = {"steps": 300, "guidance_scale": 0.5 if kind == "none" else 20.0, "text_encoder": kind}
+    run = main(replace(pixels, output=tmp_path, updates=1, prompts=(), **unusual))
+    blocks = page(TextToImagePipeline.from_pretrained(run, device="cpu"))
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True)
+    prompt = "a red square" if kind == "labels" else None
+    given = ("", 1, 0, 2, max(1, unusual["guidance_scale"]), "ddim", None, 0.8)
+    gallery, _ = Client(address, verbose=False).predict(prompt, *given, api_name="/paint")
+    blocks.close()
+    assert Image.open(gallery[0]["image"]).size == (8, 8)
+
+
+def test_pictures_are_brought_to_the_models_size() -> None:
+    assert begun(None, 16, 4) == (None, None)
+    assert begun({"background": None, "layers": [], "composite": None}, 16, 4) == (None, None)
+    photo, stroke = Image.new("RGBA", (400, 100), "red"), Image.new("RGBA", (400, 100), (0, 0, 0, 0))
+    stroke.paste((255, 255, 255, 255), (0, 0, 200, 100))
+    image, mask = begun({"background": photo, "layers": [stroke], "composite": photo}, 16, 4)
+    assert image is not None
+    assert mask is not None
+    assert image.size == mask.size == (32, 8)
+    assert np.array_equal(np.asarray(mask), np.repeat([[255] * 16 + [0] * 16], 8, 0))
+
+
 def test_a_picture_without_strokes_has_no_mask() -> None:
-    assert begun(None) == (None, None)
-    assert begun({"background": None, "layers": [], "composite": None}) == (None, None)
     picture, nothing = Image.new("RGBA", (4, 4), "red"), Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    image, mask = begun({"background": picture, "layers": [nothing], "composite": picture})
+    image, mask = begun({"background": picture, "layers": [nothing], "composite": picture}, 16, 4)
     assert image is not None
     assert (image.mode, mask) == ("RGB", None)

@@ -10,7 +10,7 @@ from conditioning.context import Context
 from conditioning.labels import Labels
 from pipelines.folder import Model
 from train.captions import choose
-from train.data import chances, generator
+from train.data import chances, generator, sent
 from train.feed import Feed
 from train.inpainting import draw_mask, shown_beside
 from train.settings import Config
@@ -54,7 +54,7 @@ def draw_batch(
         said = choose(group, chance, shuffle_tags=config.shuffle_tags, keep_tags=config.keep_tags)
         chosen = group[0] if canonical else said
         captions.append("" if chance[1] < config.caption_dropout else chosen)
-    posterior_noise, noise = drawn.normal.to(device)
+    posterior_noise, noise = sent(drawn.normal, device)
     x0 = taken.mean + (taken.logvar / 2).exp() * posterior_noise
     inpaints = model is not None and model.inpaints
     more = []  # further draws of each position, where there are any
@@ -71,8 +71,8 @@ def draw_batch(
     if inpaints:
         assert model is not None
         assert taken.pixels is not None
-        masks = torch.stack([draw_mask(draw, *taken.pixels.shape[2:]) for draw in more]).to(device)
+        masks = sent(torch.stack([draw_mask(draw, *taken.pixels.shape[2:]) for draw in more]), device)
         unlike = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more]).to(device)
         beside["concat"] = shown_beside(model.vae, taken.pixels, masks, unlike)
-    weight = torch.where(taken.parts.to(device) == prior, config.prior_weight, 1.0)
-    return Batch(x0, captions, taken.sizes.to(device), drawn.u.to(device), noise, weight, beside, options)
+    weight = torch.where(sent(taken.parts, device) == prior, config.prior_weight, 1.0)
+    return Batch(x0, captions, sent(taken.sizes, device), sent(drawn.u, device), noise, weight, beside, options)

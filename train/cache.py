@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from train.data import Side, read, refuse_unusable, to_unit, written_aside
+from train.data import Side, read, refuse_unusable, sent, to_unit, written_aside
 from train.hashes import FileHashes
 from train.pictures import Source, digest, refuse_numbers
 from train.sources import parts_of
@@ -37,7 +37,7 @@ class Latents(NamedTuple):
     captions: list[tuple[str, ...]]
 
     def posterior(self, indices: Tensor, device: torch.device) -> Posterior:
-        return Posterior(self.mean[indices].to(device).float(), self.logvar[indices].to(device).float())
+        return Posterior(sent(self.mean[indices], device).float(), sent(self.logvar[indices], device).float())
 
     def select(self, indices: Tensor) -> "Latents":
         return Latents(self.mean[indices], self.logvar[indices], [self.captions[i] for i in indices.tolist()])
@@ -110,7 +110,7 @@ class Cached:
     def posterior(self, indices: Tensor, device: torch.device) -> Posterior:
         """Of pictures of one shape."""
         mean, logvar, _ = self.select(indices)
-        return Posterior(mean.to(device).float(), logvar.to(device).float())
+        return Posterior(sent(mean, device).float(), sent(logvar, device).float())
 
     def select(self, indices: Tensor) -> Latents:
         """Pictures of one shape, copied into memory."""

@@ -99,14 +99,14 @@ class Config:
         }
 
 
-NEW = Config(data="", updates=1500, warmup=200, mixed_precision="bf16")
+NEW = Config(data="", updates=1500, warmup=200)
 PRESETS = {
     # Taken without --data: first steps, about 3 minutes on 2 cores.
     "shapes": Config(),
     # Taken when --data is given.
     "new": NEW,
     # The bundled model's text encoder. Its card has times and scores.
-    "bundled": replace(NEW, data="pictograms+shapes", output=Path("runs/bundled-clip")),
+    "bundled": replace(NEW, data="pictograms+shapes", output=Path("runs/bundled-clip"), mixed_precision="bf16"),
 }
 
 

@@ -271,6 +271,11 @@ def draws(seed: int, update: int, first: int, size: int, global_batch: int, coun
     return Draws(indices, *chances(seed, update, first, size, global_batch, shape))
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the computer's own memory on a device; on its way to a GPU nobody waits for what that computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def generator(*numbers: float) -> torch.Generator:
     """A CPU generator that is a pure function of the numbers, such as (seed, update, position in the batch)."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()

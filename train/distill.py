@@ -1,6 +1,6 @@
 """Distils a model into one of 1 to 4 steps without guidance:  accelerate launch train/distill.py --model runs/mine
 
-It is shown what the teacher was trained on, or --data.
+It is shown what the teacher was trained on (give the --template anew, if it had one), or --data.
 
 The student begins as its teacher, --model, and learns to arrive in one step where the guided teacher arrives in
 --substeps of them (`ldm.consistency`). Of the ways to do this it is the one with a single network to train and no

@@ -166,8 +166,10 @@ def beside_training(
     training = open_reference(
         open_source(data, size, font=font, views=views), extractor, size, cache, accelerator, workers=0
     )
-    again = copies(training, vae, len(rows))
-    learnt = opened(again.images, again.captions)
+    learnt = None
+    if isinstance(vae, Autoencoder):
+        given_back = copies(training, vae, len(rows), out, accelerator)
+        learnt = open_reference(given_back, extractor, size, out / "features", accelerator, workers=0)
     ours, theirs = opened(images, asked), opened(real, asked)
     some = several(asked)
     drawn = drawn_afresh(several(rows), size, font)

@@ -283,8 +283,10 @@ def _open_clip(name: str, architecture: str, weights: str) -> Extractor:
         counts = [int((ids != longer[0, -1]).sum()) for ids in (tokenizer([caption]), longer)]  # the last one fills
         return counts[0] < counts[1]
 
-    activation = bool(open_clip.get_pretrained_cfg(architecture, weights).get("quick_gelu"))
-    reads = (open_clip.get_model_config(architecture), activation, said["mean"], said["std"], side)
+    told = open_clip.get_model_config(architecture)
+    if open_clip.get_pretrained_cfg(architecture, weights).get("quick_gelu"):
+        told = told | {"quick_gelu": True}
+    reads = (told, said["mean"], said["std"], side)
     return Extractor(name, model, side, lambda pixels: model.encode_image(normal(pixels)), embed, is_cut, reads=reads)
 
 

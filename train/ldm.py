@@ -183,7 +183,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
         if draws_ahead(device, feed):
             ahead.clear()
             ahead[update + 1] = drawn(update + 1, rank * config.batch_size)
-        norm, each = float(norm), torch.stack(found).tolist()  # a GPU is waited for here, once in an update
+        norm, each = float(norm), torch.stack(found).tolist()  # here a GPU is waited for
         for number, captions in zip(each, seen, strict=True):
             _refuse_not_finite("loss", number, update, captions, config)
         if not accelerator.scaler:  # which leaves such a step out

@@ -39,6 +39,7 @@ from train.samples import (
     read_samples,
 )
 from train.sources import Drawn, describe, open_source
+from vae.autoencoder import Autoencoder
 
 FILE = "metrics.json"
 OF_PICTURES = ("weights", "samples_hash", "painted", "size")  # alike, as the extractor, for all numbers side by side
@@ -212,8 +213,9 @@ def _of_features(
         views = pipe.model.defaults.views if pipe else 1
         real = _open_real(plain, how.training, size, needed=False, say=say, views=views)
         training = open_set(real, extractor, how.cache)
-        if pipe is not None:
-            learnt = open_set(copies(training, pipe.model.vae, min(count, 1000)), extractor, how.out / "features")
+        if pipe is not None and isinstance(pipe.model.vae, Autoencoder):
+            given_back = copies(training, pipe.model.vae, min(count, 400), how.out, accelerator)
+            learnt = open_set(given_back, extractor, how.out / "features")
     if pipe is not None:
         prompts = prompts_of(pipe, reference.captions, count, how.painting.seed)
         pipe.set_progress_bar_config(disable=True)

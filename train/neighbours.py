@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from accelerate import Accelerator
 
 from pipelines.picture import to_pil
+from train.cache import weights_digest
 from train.data import to_unit
+from train.folders import FolderSource, open_pictures
 from train.grid import grid
 from train.metrics import nearest
-from train.reference import InMemory, Reference
+from train.pictures import digest
+from train.reference import Reference
 from train.samples import drawn_rows
-from vae.autoencoder import Autoencoder, Identity
+from vae.autoencoder import Autoencoder
 
 SHOWN = 12  # samples with their nearest training pictures: the nearest of all, and as many others
 SAME = 1e-6  # distance, as a share of the features' length, below which pictures are the same one
@@ -43,17 +46,25 @@ def in_words(found: dict[str, Any], held_out: str) -> list[str]:
     return lines
 
 
-@torch.no_grad()
-def copies(training: Reference, vae: Autoencoder | Identity, count: int) -> InMemory:
+def copies(training: Reference, vae: Autoencoder, count: int, out: Path, accelerator: Accelerator) -> FolderSource:
     """`count` training pictures, drawn at random, as the autoencoder gives them back: what a model that had learnt them
-    by heart would paint."""
+    by heart would paint. Kept in a folder below `out`; all processes have to ask, the first one computes."""
+    folder = out / f"copies-{digest(training.hash, weights_digest(vae), str(count))[:8]}"
+    if accelerator.is_main_process and len(list(folder.glob("*.png"))) < min(count, len(training)):
+        _write_copies(training, vae, count, folder)
+    accelerator.wait_for_everyone()
+    return open_pictures(folder)
+
+
+@torch.no_grad()
+def _write_copies(training: Reference, vae: Autoencoder, count: int, folder: Path) -> None:
     weight = next(vae.parameters(), torch.empty(0))
-    images: list[Image.Image] = []
+    folder.mkdir(parents=True, exist_ok=True)
     for rows in torch.tensor(drawn_rows(len(training), count)).split(32):
         pixels = torch.stack([torch.from_numpy(np.array(training.picture(row))) for row in rows.tolist()])
         latents = vae.encode(to_unit(pixels).to(weight)).mode
-        images += [to_pil(picture) for picture in vae.decode(latents)]
-    return InMemory(images, [""] * len(images))
+        for row, picture in zip(rows.tolist(), vae.decode(latents), strict=True):
+            to_pil(picture).save(folder / f"{row:08d}.png")
 
 
 def memorisation(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conditioning.context import Conditioner, Context
 from train.cache import FORMAT, SHARD, weights_digest
-from train.data import written_aside
+from train.data import sent, written_aside
 from train.pictures import digest
 
 TABLE_BYTES = 10**9  # up to which the states of all captions are kept in memory
@@ -111,7 +111,7 @@ class Texts:
         places = [row for row in rows if row is not None]
         if self.table is not None:
             chosen = torch.tensor(places)
-            return nested({name: v[chosen.to(v.device)].to(self.device) for name, v in self.table.items()})
+            return nested({name: v[sent(chosen, v.device)].to(self.device) for name, v in self.table.items()})
         assert self.files
         found = [{name: v[row % SHARD] for name, v in self.files[row // SHARD].items()} for row in places]
         states = {name: torch.stack([one[name] for one in found]).to(self.device) for name in found[0]}
