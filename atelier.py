@@ -135,13 +135,9 @@ def _opened(command: Paint | Web) -> Any:
 
     from pipelines import TextToImagePipeline
 
-    lora, weights = command.lora, command.lora_weight
-    if len(weights) not in (1, len(lora)):
-        raise ValueError(f"{len(weights)} --lora-weight for {len(lora)} --lora: give one, or as many")
     dtype = getattr(torch, command.dtype) if command.dtype else None
     pipe = TextToImagePipeline.from_pretrained(command.model, device=command.device, dtype=dtype)
-    for where, weight in zip(lora, weights if len(weights) > 1 else weights * len(lora), strict=True):
-        pipe.load_lora(where, weight)
+    pipe.load_loras(command.lora, command.lora_weight)
     return pipe
 
 

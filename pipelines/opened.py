@@ -1,6 +1,7 @@
 """A model in hand: opened, moved to a device, with what was added to it, and saved."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -118,6 +119,13 @@ class OpenedModel:
             ValueError: none is there, or a part of it fits nothing in this model, which then stays as it is.
         """
         self._loras.load(where, weight)
+
+    def load_loras(self, places: Sequence[str | Path], weights: Sequence[float]) -> None:
+        """Several, as a command line names them; weights: one for each, or one for all. ValueError for others."""
+        if len(weights) not in (1, len(places)):
+            raise ValueError(f"{len(weights)} --lora-weight for {len(places)} --lora: give one, or as many")
+        for where, weight in zip(places, weights if len(weights) > 1 else tuple(weights) * len(places), strict=True):
+            self.load_lora(where, weight)
 
     def set_lora(self, where: str | Path, weight: float) -> None:
         """Another weight for a LoRA, by what it was loaded from; ValueError if none was."""

@@ -49,11 +49,8 @@ def open_painter(
     model: str | Path | None, lora: Sequence[str], weights: Sequence[float], device: Any = None
 ) -> TextToImagePipeline:
     """A model with LoRAs merged into it; weights: one for each, or one for all. Raises ValueError for others."""
-    if len(weights) not in (1, len(lora)):
-        raise ValueError(f"{len(weights)} --lora-weight for {len(lora)} --lora: give one, or as many")
     pipe = TextToImagePipeline.from_pretrained(model, device=device)
-    for where, weight in zip(lora, weights if len(weights) > 1 else tuple(weights) * len(lora), strict=True):
-        pipe.load_lora(where, weight)
+    pipe.load_loras(lora, weights)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
