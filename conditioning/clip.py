@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from conditioning.text import LongPrompts, TextEncoder
 from conditioning.tokenizer import ClipTokenizer
+from conditioning.unfilled import unfilled
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks and Gimpel, 2016
@@ -189,7 +190,7 @@ class ClipText(nn.Module):
     @classmethod
     def from_weights(cls, config: ClipTextConfig, weights: Mapping[str, Tensor]) -> "ClipText":
         """A tower of the given weights, with or without "text_model." in their names; ValueError if one is missing."""
-        with torch.device("meta"):  # the weights replace every parameter: none is allocated, none drawn
+        with unfilled():
             tower = cls(config)
         named = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
         named.pop("embeddings.position_ids", None)  # 0, 1, 2, …: a buffer that transformers once saved

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from conditioning.unfilled import unfilled
 from pipelines.quantized import dequantize, quantize
 from vae.autoencoder import Autoencoder
 
@@ -81,7 +82,7 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], folder: Path, dtype:
 
 def open_network(kind: Any, folder: Path) -> Any:
     """A network of ours from its folder, in float32: codes are few numbers, and inversion wants them exact."""
-    with torch.device("meta"):
+    with unfilled():
         network = kind.from_config(read_json(folder / "config.json"))
     return fill(network, read_weights(folder), folder, torch.float32)
 
@@ -106,7 +107,7 @@ def load_autoencoder(folder: Path, dtype: torch.dtype | None = None, variant: st
     folder = newest(Path(folder))
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
-    with torch.device("meta"):
+    with unfilled():
         vae = Autoencoder.from_config(read_json(folder / "config.json"))
     return fill(vae, read_weights(folder, variant=variant), folder, dtype)  # type: ignore[return-value]
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from conditioning.clip import ClipTextEncoder
 from conditioning.pair import ClipTextPair
+from conditioning.unfilled import unfilled
 from ldm.blocks import DIFFUSERS_VERSION
 from ldm.denoiser import Denoiser
 from ldm.pixel_unet import PixelUNet
@@ -289,7 +290,7 @@ def load_model(
             raise ValueError(f"{folder} holds a {kind}; only the layouts of {known} are implemented")
     config = read_json(folder / "unet" / "config.json")
     kind_of_unet = PixelUNet if config.get("_class_name") == "PixelUNet" else UNet
-    with torch.device("meta"):
+    with unfilled():
         unet = kind_of_unet.from_config(config)
     fill(unet, read_weights(folder / "unet", variant=variant), folder / "unet", dtype)
     pixels = notes.get("vae") == "Identity"

@@ -99,7 +99,8 @@ def test_a_picture_loads_nothing_that_it_does_not_need(model_folder: Path) -> No
     for modules in json.loads(result.stdout):
         loaded = {module.split(".")[0] for module in modules}
         assert "torch" in loaded
-        assert not loaded & (HEAVY | TRAINING_ONLY | {"huggingface_hub", "tensorboard"})
+        assert not loaded & (HEAVY | TRAINING_ONLY | {"huggingface_hub", "tensorboard", "sympy"})
+        assert "torch._dynamo" not in modules
 
 
 def test_nothing_is_unpickled() -> None:

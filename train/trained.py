@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from conditioning.clip import PREFIX, ClipTextEncoder
 from conditioning.pair import ClipTextPair
+from conditioning.unfilled import unfilled
 from ldm.unet import UNet
 from pipelines.adapters import CALLED, NAME, save_lora
 from pipelines.embeddings import NAME as LEARNED
@@ -194,7 +195,7 @@ def _rebuilt(encoder: ClipTextEncoder) -> ClipTextEncoder:
 
 def _copied(network: Any) -> Any:
     weights = whole(dict(network.state_dict()))
-    with torch.device("meta"):
+    with unfilled():
         copied = type(network)(network.config)
     copied.load_state_dict(weights, assign=True)
     return copied
