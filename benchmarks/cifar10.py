@@ -45,7 +45,7 @@ from benchmarks.machine import described, needs
 from benchmarks.timed import calibrate, learn, places, together
 from train.launch import MixedPrecision
 
-EIGHTHS = (1, 2, 4, 6, 8)  # of the training, after which samples are measured
+EIGHTHS = (1, 2, 4, 8)  # of the training, after which samples are measured
 CALIBRATION = 90.0  # seconds of training from which a rate is taken
 SEED = 0  # of what is held out
 RESULTS = Path(__file__).parent / "results"
