@@ -49,7 +49,7 @@ def classifier_free(
         inside = (low < sigma) & (sigma <= high) if isinstance(sigma, Tensor) else torch.tensor(low < sigma <= high)
         if scale == 1 or not bool(inside.any()):
             return denoiser(x, sigma, cond)
-        twice = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+        twice = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.numel() > 1 else sigma
         x0_uncond, x0_cond = denoiser(torch.cat([x, x]), twice, both).chunk(2)
         guided = x0_uncond + scale * (x0_cond - x0_uncond)
         if rescale:
@@ -78,11 +78,14 @@ def classifier_guided(
             differentiable in x.
         scale: 0 leaves the classifier out.
     """
+    if scale == 0:
+        return denoise
 
     def guided(x: Tensor, sigma: Tensor | float) -> Tensor:
+        live = x.requires_grad and torch.is_grad_enabled()  # whoever differentiates, as a likelihood, needs this, too
         with torch.inference_mode(False), torch.enable_grad():
-            place = x.detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_probability(place, sigma).sum(), place)
+            place = x if live else x.detach().clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_probability(place, sigma).sum(), place, create_graph=live)
         level = sigma.view(-1, *[1] * (x.ndim - 1)) if isinstance(sigma, Tensor) and sigma.ndim else sigma
         return denoise(x, sigma) + scale * level**2 * gradient
 

@@ -37,8 +37,8 @@ def langevin(
 
     Args:
         step_size: the paper's epsilon / sigma_L², theirs 2e-5 / 0.01². It leaves at each level a variance too large by
-            up to step_size / 4 of itself.
-        updates: evaluations of the denoiser at each level, at least 1.
+            up to step_size / (4 - step_size) of itself.
+        updates: of x at each level, at least 1: an evaluation of the denoiser each, and one more for the level before.
     """
     if not 0 < step_size < 2 or updates < 1:
         raise ValueError(f"langevin needs 0 < step_size < 2 and updates of at least 1, got {step_size=}, {updates=}")

@@ -37,6 +37,7 @@ ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 
 SMALLEST_STEP = 1e-9  # in log(sigma)
 
 
+@torch.no_grad()
 def encode(denoise: Denoise, x: Tensor, sigma_min: float, sigma_max: float, *, tolerance: float = 1e-5) -> Tensor:
     """The code of a picture: x at sigma_max on the flow through x at sigma_min.
 
@@ -55,6 +56,7 @@ def encode(denoise: Denoise, x: Tensor, sigma_min: float, sigma_max: float, *, t
     return _flow(denoise, x, *_span(sigma_min, sigma_max), tolerance)
 
 
+@torch.no_grad()
 def decode(denoise: Denoise, x: Tensor, sigma_min: float, sigma_max: float, *, tolerance: float = 1e-5) -> Tensor:
     """The picture of a code, x at sigma_min from x at sigma_max: the inverse of `encode`, with its arguments."""
     return _flow(denoise, x, *_span(sigma_min, sigma_max)[::-1], tolerance)
@@ -161,7 +163,10 @@ def _denoise_and_trace(denoise: Denoise, x: Tensor, sigma: Tensor, probes: Tenso
         x = x.detach().requires_grad_()
         x0 = denoise(x, sigma)
         if not x0.requires_grad:
-            raise ValueError("the likelihood needs a denoiser with a gradient in x: is it wrapped in torch.no_grad()?")
+            raise ValueError(
+                "the likelihood needs a denoiser with a gradient in x: is it wrapped in torch.no_grad(), or this call "
+                "in torch.inference_mode()?"
+            )
 
         def pulled(weights: Tensor) -> Tensor:  # [B]: weights' (dD/dx) weights
             (product,) = torch.autograd.grad(x0, x, weights, retain_graph=True)

@@ -63,9 +63,13 @@ class LogNormal:
         return self.schedule.clamp(sigma) if self.schedule else sigma
 
     def density(self, sigma: Tensor) -> Tensor:
-        """Probability density of log(sigma), before the cut; of sigma's shape."""
+        """Probability density of log(sigma), infinite at a level that the cut makes of many; of sigma's shape."""
         z = (sigma.log() - self.mean) / self.std
-        return (-(z**2) / 2).exp() / (self.std * math.sqrt(2 * math.pi))
+        density = (-(z**2) / 2).exp() / (self.std * math.sqrt(2 * math.pi))
+        if self.schedule is None:
+            return density
+        least, most = self.schedule.clamp(sigma.new_tensor([0.0, math.inf]))
+        return density.where((least < sigma) & (sigma < most), math.inf)
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,7 @@ def denoising_loss(
     square = (denoiser(x, sigma, context) - target) ** 2
     if huber:  # of the network's error, which is that of x_0 over c_out
         c = per_picture(huber * denoiser.coefficients(sigma.to(x)).c_out.abs(), x)
-        square = 2 * c * ((square + c**2).sqrt() - c)
+        square = 2 * c * square / ((square + c**2).sqrt() + c)  # that difference, without its cancellation
     return weight(sigma) * _mean(square)
 
 

@@ -159,7 +159,7 @@ class PixelUNet(Network):
 
     def forward(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Args:
-            sample: [B, in_channels, H, W], sides of any length; the network's `x_t`.
+            sample: [B, in_channels, H, W], sides of at least 2^(levels - 1); the network's `x_t`.
             timestep: [B] or one number: EDM's clock, log(sigma) / 4.
             class_labels: [B], where the config has classes.
 

@@ -41,7 +41,12 @@ def ddim(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM (arXiv:2010.02502, equations 12 and 16): eta 0 is deterministic, eta 1 is ancestral sampling."""
+    """DDIM (arXiv:2010.02502, equations 12 and 16): eta 0 is deterministic, eta 1 is ancestral sampling.
+
+    Raises ValueError for an eta outside.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}: expected from 0 (no noise is added) to 1 (as much as in ancestral sampling)")
 
     def spread(x: Tensor, sigma: float, lower: float) -> tuple[float, float]:
         up = eta * math.sqrt(posterior_variance(sigma, lower))

@@ -7,6 +7,7 @@ from torch import nn
 
 from ldm.denoiser import Denoiser
 from ldm.guidance import autoguided, classifier_free, classifier_guided
+from ldm.likelihood import log_likelihood
 from ldm.schedule import RectifiedFlow, VariancePreserving
 
 VP = VariancePreserving.scaled_linear()
@@ -177,6 +178,27 @@ def test_classifier_guidance_at_other_scales_adds_so_much_of_the_gradient():
     guided = classifier_guided(denoise_all, lambda p, s: log_parts(p, s).log_softmax(1)[:, 0], scale)(x, sigma)
     expected = denoise_all(x, sigma) + scale * (denoise_part(x, sigma, 0) - denoise_all(x, sigma))
     torch.testing.assert_close(guided, expected)
+
+
+def test_a_guided_denoiser_has_the_likelihood_of_the_conditional() -> None:
+    def by_row(function):  # the flow gives each picture a level of its own
+        return lambda x, sigma: torch.cat([function(x[i : i + 1], sigma[i]) for i in range(len(x))])
+
+    guided = classifier_guided(by_row(denoise_all), by_row(lambda x, sigma: log_parts(x, sigma).log_softmax(1)[:, 1]))
+    x = draw(4, 2, 1, 1, seed=5)
+    got = log_likelihood(guided, x, 0.05, 80.0)
+    wanted = log_likelihood(by_row(lambda x, sigma: denoise_part(x, sigma, 1)), x, 0.05, 80.0)
+    torch.testing.assert_close(got.nats, wanted.nats, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(got.code, wanted.code, rtol=1e-6, atol=1e-5)
+
+
+def test_scale_0_asks_no_classifier() -> None:
+    assert classifier_guided(denoise_all, lambda x, sigma: pytest.fail("asked"), 0.0) is denoise_all
+
+
+def test_one_level_in_a_list_is_that_of_all_pictures() -> None:
+    guided = classifier_free(Denoiser(Network(), VP, "v"), COND, UNCOND, 3.0)
+    assert torch.equal(guided(X, torch.tensor([2.0], dtype=torch.float64)), guided(X, 2.0))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 3.5])

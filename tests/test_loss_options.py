@@ -44,6 +44,10 @@ def test_huber_is_that_of_the_networks_own_error(schedule, prediction: str) -> N
     torch.testing.assert_close(square, error.square().mean((1, 2, 3)), rtol=1e-6, atol=1e-8)
     far = denoising_loss(denoiser, x0, None, sigma, noise, weight, huber=1e4)
     torch.testing.assert_close(far, square, rtol=1e-5, atol=1e-7)  # as c grows it becomes the square
+    x0, noise, sigma = x0.float(), noise.float(), sigma.float()
+    denoiser = Denoiser(Fixed(output.float()), schedule, prediction)
+    far = denoising_loss(denoiser, x0, None, sigma, noise, weight, huber=1e4)
+    torch.testing.assert_close(far, square.float(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), KINDS, ids=[kind for _, kind in KINDS])

@@ -221,3 +221,9 @@ def test_bad_calls_say_what_was_got():
         ddpm(denoise, x, [2.0, 1.0, 0.0], variance="medium")
     with pytest.raises(ValueError, match="1 generators for 2 pictures"):
         picture_noise(generators(1))(torch.empty(2, 1, 2, 2))
+
+
+@pytest.mark.parametrize("eta", [-1.0, 1.7])
+def test_an_eta_that_leaves_the_marginals_is_refused(eta: float) -> None:
+    with pytest.raises(ValueError, match="from 0"):
+        ddim(lambda x, sigma: x, draw(2, 3), [2.0, 1.0, 0.0], eta=eta)
