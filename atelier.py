@@ -53,7 +53,7 @@ class Paint:
     strength: float | None = None
     """Share of the steps that are run on --image: at 1 little of it is left. By default 0.8, with --mask 1."""
     width: int | None = None
-    """In pixels."""
+    """In pixels. By default the model's own; with --image in its ratio, of about as many pixels as the model's own."""
     height: int | None = None
     """In pixels."""
     device: str | None = None
@@ -79,11 +79,16 @@ class Paint:
             print(f"learned {', '.join(pipe.load_embedding(where))}", file=sys.stderr)
         print(f"painting on {pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
         seed = random.randrange(2**31) if self.seed is None else self.seed
+        width, height = self.width, self.height
+        if begin is not None and width is None and height is None:
+            from pipelines.image import trained_sides
+
+            width, height = trained_sides(begin, pipe.model.size, pipe.model.vae.downscale)
         for start in range(0, self.count, BATCH):
             output = pipe(
                 self.prompt,
-                height=self.height,
-                width=self.width,
+                height=height,
+                width=width,
                 steps=self.steps,
                 guidance_scale=self.guidance,
                 negative_prompt=self.negative,
@@ -148,7 +153,9 @@ def _picture(flag: str, file: Path | None) -> Any:
     if file is None:
         return None
     try:
-        return Image.open(file).convert("RGB")
+        picture = Image.open(file)
+        picture.load()
+        return picture
     except OSError as error:
         raise ValueError(f"{flag} {file} can't be opened as a picture ({error})") from None
 

@@ -278,6 +278,9 @@ class ClipTextEncoder(TextEncoder):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {full_name(k): v.detach().to("cpu", dtype).contiguous() for k, v in self.tower.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for other in folder.glob("model*.safetensors*"):  # shards, 16 bits: of an encoder that was here before
+            if other.name != "model.safetensors":
+                other.unlink()  # it might be read instead
         text = json.dumps(self.tower.config.to_dict(), indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read

@@ -36,7 +36,8 @@ def load_conditioner(
         return Unconditional()
     if kind == "semantic":
         return open_network(SemanticEncoder, folder / "semantic_encoder")
-    if not (folder / "text_encoder_2").is_dir():
+    single = kind == "clip" and "conditioning" in notes and ZERO_NULL not in notes  # saved over a pair of encoders
+    if single or not (folder / "text_encoder_2").is_dir():
         return _clip(folder, *ENCODERS[0], dtype, variant)
     said = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else notes
     first, second = (_clip(folder, *names, dtype, variant) for names in ENCODERS)

@@ -26,7 +26,7 @@ from pipelines.arguments import starting_noise, step_count
 from pipelines.codes import Attribute, Codes, fit_attribute
 from pipelines.device import best_device, exact_float32, usable_device
 from pipelines.folder import Model, load_model
-from pipelines.image import image_batch
+from pipelines.image import image_batch, rgb
 from pipelines.picture import to_pil
 
 ORDERS = {"ddim": 1, "heun": 2}  # the deterministic samplers, and the order of the inversion that each undoes
@@ -206,7 +206,7 @@ class DiffusionAutoencoderPipeline:
 def _squares(image: Any, size: int) -> Tensor:
     """One picture, or an array of them, as [N, 3, size, size] in [-1, 1]."""
     if isinstance(image, Image.Image) and image.size != (size, size):
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        image = ImageOps.fit(rgb(image), (size, size), Image.Resampling.LANCZOS)
     count = len(image) if getattr(image, "ndim", 3) == 4 else 1
     return image_batch(image, count, 1, size, size, 1)
 

@@ -93,12 +93,14 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = N
     torch.int8: `quantize`d, in a file named so, which diffusers does not read.
     """
     write_json(folder / "config.json", network.config.to_dict())  # type: ignore[operator, union-attr]
-    weights, file, former = network.state_dict(), folder / f"{STEM}.safetensors", folder / f"{STEM}.int8.safetensors"
+    weights, file = network.state_dict(), folder / f"{STEM}.safetensors"
     if dtype is torch.int8:
-        weights, file, former, dtype = quantize(weights), former, file, None
+        weights, file, dtype = quantize(weights), folder / f"{STEM}.int8.safetensors", None
     weights = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
     save_file(weights, file, metadata={"format": "pt"})
-    former.unlink(missing_ok=True)  # of a model that was here before: it might be read instead
+    for other in folder.glob(f"{STEM}*.safetensors*"):  # shards, 16 bits: of a model that was here before
+        if other != file:
+            other.unlink()  # it might be read instead
     shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read
 
 

@@ -1,12 +1,13 @@
 """The pictures that a call begins from: any of the types that a call returns, as one batch."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 
@@ -37,10 +38,30 @@ def image_batch(
     return torch.stack([one for one in rows for _ in range(per_prompt)])
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """RGB, turned as its EXIF data says, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def trained_sides(image: Image.Image, size: int, multiple: int) -> tuple[int, int]:
+    """(width, height) of about as many pixels as a square of `size` has, in a picture's ratio, upright; multiples."""
+    sides = ImageOps.exif_transpose(image).size
+    scale = size / math.sqrt(sides[0] * sides[1])
+    width, height = (max(1, round(side * scale / multiple)) * multiple for side in sides)
+    return width, height
+
+
 def _tensors(image: Any) -> Sequence[Tensor]:
     """Pictures as [3, H, W] in [-1, 1]."""
     if isinstance(image, Image.Image):
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        pixels = torch.from_numpy(np.array(rgb(image)))
         return [pixels.permute(2, 0, 1).float() / 127.5 - 1]
     if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3:
         image = torch.from_numpy(image).movedim(-1, -3)

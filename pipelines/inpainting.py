@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.denoiser import Denoise, per_picture
@@ -134,7 +134,7 @@ def keep_known(denoise: Denoise, known: Tensor, noise: Tensor, mask: Tensor, beg
 def _grey(mask: Any) -> Any:
     """A mask as `image_batch` takes pictures."""
     if isinstance(mask, Image.Image):
-        return mask.convert("L")
+        return ImageOps.exif_transpose(mask).convert("L")
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(mask)
         mask = mask.movedim(-1, -3) if mask.ndim > 2 and mask.shape[-1] in (1, 3) else mask

@@ -24,9 +24,15 @@ class Picture(Image.Image):
     @classmethod
     def of(cls, image: Image.Image, settings: dict[str, Any]) -> Self:
         picture = cls()
-        picture.__setstate__(image.__getstate__())  # PIL's own way of copying a picture into another object
-        picture.settings = settings
+        picture.__setstate__([*image.__getstate__(), settings])  # PIL's own way to copy one into another object
         return picture
+
+    def __getstate__(self) -> list[Any]:
+        return [*super().__getstate__(), self.settings]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        *state, self.settings = state
+        super().__setstate__(state)
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """As PIL's, but for a PNG, which carries the settings; a `pnginfo` of the caller's stays as it is."""

@@ -153,6 +153,11 @@ class TextToImagePipeline(OpenedModel):
         scale = max(1.0, defaults.guidance_scale if guidance_scale is None else guidance_scale)
         if isinstance(model.conditioner, Unconditional):
             scale = 1.0  # there is nothing to guide away from
+        if scale == 1 and (guidance_rescale or (negative_prompt and any(prompt_list(negative_prompt)))):
+            raise ValueError(
+                "negative_prompt and guidance_rescale belong to guidance, and this call has none: give guidance_scale "
+                "above 1, to a model that is told something"
+            )
         interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
         if interval is not None and interval[0] <= 0 and interval[1] == math.inf:
             interval = None

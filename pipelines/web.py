@@ -1,6 +1,5 @@
 """A page to paint on, in a browser: `atelier web`, or `page(pipe).launch()`. Needs gradio: pip install -e '.[web]'."""
 
-import math
 import random
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image, ImageOps
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
 from ldm.samplers import SAMPLERS
+from pipelines.image import rgb, trained_sides
 from pipelines.scheduler import sampler_of
 from pipelines.text_to_image import TextToImagePipeline
 
@@ -102,8 +102,7 @@ def begun(drawn: dict[str, Any] | None, size: int, multiple: int) -> tuple[Image
         return None, None
     strokes = [layer.getchannel("A").point(lambda alpha: 255 * (alpha > 0)) for layer in drawn["layers"] if layer]
     mask = strokes[0] if strokes and strokes[0].getbbox() else None
-    picture = drawn["background"].convert("RGB")
-    scale = size / math.sqrt(picture.width * picture.height)
-    sides = tuple(max(1, round(side * scale / multiple)) * multiple for side in picture.size)
+    picture = rgb(drawn["background"])
+    sides = trained_sides(picture, size, multiple)
     picture = ImageOps.fit(picture, sides, Image.Resampling.LANCZOS)
     return picture, mask and ImageOps.fit(mask, sides, Image.Resampling.NEAREST)

@@ -82,3 +82,6 @@ def test_a_run_that_is_none_is_named_and_nothing_is_lost(runs: Path, tmp_path: P
     with pytest.raises(ValueError, match=r"strange-student learnt from another model than --model, from .*other-model"):
         main(Config(runs / "model", runs / "clip", runs / "strange-student", tmp_path))
     assert sorted(tmp_path.rglob("*")) == kept
+    with pytest.raises(ValueError, match="would be replaced, and"):
+        main(Config(runs / "model", runs / "clip", None, runs))
+    assert (runs / "model").is_dir()

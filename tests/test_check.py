@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from PIL import Image
 
 import atelier
 import train.streams
+from pipelines.find import BUNDLED
 from tests.sets import fill, metadata, png, truncate, write_parquet, write_tar
 from train.cache import cache_latents
 from train.check import check
@@ -160,6 +162,13 @@ def test_latents_are_cached_beforehand(
     picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     words = ("--vae", "none", "--size", "16", "--cache", tmp_path / "c", "--workers", "0")
+    run = tmp_path / "clip" / "checkpoint-0000005"  # as train/clip.py leaves it: no U-Net
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(BUNDLED / part, run / part)
+    assert call(monkeypatch, "data", "cache", picture_folder, *words, "--text-encoder", run.parent) == 0
+    assert call(monkeypatch, "data", "check", picture_folder, "--text-encoder", run.parent) == 0
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "c")
     assert call(monkeypatch, "data", "cache", picture_folder, *words, "--text-encoder", "bundled") == 0
     out = capsys.readouterr().out
     assert "1 of 1 shards to compute, 0 MB to write" in out

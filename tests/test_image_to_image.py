@@ -9,7 +9,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from pipelines import TextToImagePipeline
-from pipelines.image import image_batch
+from pipelines.image import image_batch, trained_sides
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,12 @@ def test_bad_calls_say_what_to_do(pipe: TextToImagePipeline, picture: Image.Imag
     sizes = [picture, picture.resize((8, 8))]
     with pytest.raises(ValueError, match="several sizes"):
         pipe(["a fox", "a cat"], image=sizes)
+
+
+def test_photos_are_turned_upright_and_what_is_clear_is_white(picture: Image.Image) -> None:
+    lying = picture.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[0x0112] = 6  # "turn me clockwise"
+    assert torch.equal(image_batch(lying, 1, 1, None, None, 1), image_batch(picture, 1, 1, None, None, 1))
+    assert trained_sides(lying, 32, 4) == trained_sides(picture, 32, 4) == (40, 28)
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert image_batch(clear, 1, 1, None, None, 1).min() == 1

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.image import rgb
 from tests.sets import fill, metadata, truncate
 from train.data import batch_indices, fit, generator, permutation, read, read_pictures, to_unit, written_aside
-from train.pictures import rgb
 from train.sources import describe, open_source
 
 # Pictures

@@ -1,7 +1,9 @@
 """What the pipeline promises to its callers."""
 
+import copy
 import itertools
 import json
+import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +68,15 @@ def test_saved_png_carries_prompt_seed_and_settings(pipe: TextToImagePipeline, t
     image.save(tmp_path / "fox.jpg")  # other formats are as PIL has them
 
 
+def test_copies_of_a_picture_carry_its_settings(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    image = pipe(PROMPTS[0], steps=1, seed=3).images[0]
+    for copied in (copy.deepcopy(image), pickle.loads(pickle.dumps(image))):
+        assert np.array_equal(pixels(copied), pixels(image))
+        copied.save(tmp_path / "copy.png")
+        with Image.open(tmp_path / "copy.png") as saved:
+            assert saved.info["seed"] == "3"
+
+
 def test_negative_prompt_and_guidance_change_the_picture(pipe: TextToImagePipeline) -> None:
     plain = pixels(pipe(PROMPTS[0], seed=1, guidance_scale=3.0).images[0])
     assert np.abs(plain - pixels(pipe(PROMPTS[0], seed=1, guidance_scale=1.0).images[0])).max() > 0
@@ -117,6 +128,8 @@ def test_guidance_on_a_model_trained_without_dropout_warns(model_folder: Path) -
         ({"negative_prompt": ["a", "b"]}, "negative"),
         ({"spacing": "odd"}, "spacing"),
         ({"strength": 0.5}, "none was given"),
+        ({"negative_prompt": "a tree", "guidance_scale": 1.0}, "belong to guidance"),
+        ({"guidance_rescale": 0.5, "guidance_scale": 1.0}, "belong to guidance"),
     ],
 )
 def test_bad_calls_say_what_to_do(pipe: TextToImagePipeline, arguments: dict, words: str) -> None:

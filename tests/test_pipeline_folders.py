@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -250,6 +251,18 @@ def test_variants_shards_and_what_diffusers_users_pass(
         assert all(wanted[key].equal(same[key]) for key in wanted)
         rounded = (lambda w: w.half().float()) if name != "vae" else (lambda w: w)
         assert all(rounded(wanted[key]).equal(near[key]) for key in wanted)
+    with torch.no_grad():
+        for part in (original.unet, original.conditioner.tower):
+            next(part.parameters()).add_(1.0)
+    for dtype in (None, torch.int8):  # saved over it, nothing of what lay there is read again
+        over = tmp_path.with_name(f"over-{dtype}")
+        shutil.copytree(tmp_path, over)
+        save_model(original, over, dtype)
+        for variant in (None, "fp16"):
+            again = load_model(over, variant=variant)
+            for name in ("unet", "conditioner"):
+                wanted, same = (next(getattr(m, name).parameters()) for m in (original, again))
+                torch.testing.assert_close(same, wanted, rtol=0.02, atol=0.02)
     with caplog.at_level(logging.INFO, "atelier"):
         TextToImagePipeline.from_pretrained(tmp_path, variant="fp16", use_safetensors=True, device="cpu")
     assert "on cpu, float32" in caplog.text

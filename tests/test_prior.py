@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipelines.folder import load_model
 from tests.killing import run_killed
+from train.build import build
 from train.prior import with_prior
 from train.settings import Config
 
@@ -96,10 +97,26 @@ def test_two_processes_paint_what_one_does(config: Config, tmp_path: Path) -> No
     for again_with in (replace(config, seed=9), config):  # likewise of another seed
         paint(again_with, Accelerator(cpu=True))
         assert (painted(config.output) == whole) == (again_with is config)
+    paint(replace(config, prior_pictures=20), Accelerator(cpu=True))  # and of those, two are no longer wanted
+    paint(config, Accelerator(cpu=True))
+    assert painted(config.output) == whole
+    assert len(list((config.output / "prior").glob("*.txt"))) == 18
+    other = load_model(Path(config.model))
+    other.defaults = replace(other.defaults, guidance_scale=1.5)  # and painted otherwise
+    with_prior(other, config, 16, Accelerator(cpu=True))
+    assert painted(config.output) != whole
+    paint(config, Accelerator(cpu=True))
+    assert painted(config.output) == whole
     with Image.open(config.output / "prior" / "00000.png") as first:
         first.resize((8, 8)).save(config.output / "prior" / "00000.png")  # and of another size
     paint(config, Accelerator(cpu=True))
     assert painted(config.output) == whole
+
+
+def test_an_inpainting_model_paints_whole_pictures(config: Config) -> None:
+    model = build(replace(config, inpainting=True), None)
+    with_prior(model, config, 16, Accelerator(cpu=True))
+    assert len(painted(config.output)) == 18
 
 
 @pytest.mark.slow

@@ -50,6 +50,9 @@ def test_settings_that_are_left_open() -> None:
         ({"model": "x", "prior": ("a dog", " ")}, "expected captions of what shall stay as it is"),
         ({"model": "x", "prior": ("a dog", "a cat"), "prior_pictures": 1}, "one at least of each of 2 captions"),
         ({"prior_pictures": 0}, "--prior-pictures is 0"),
+        ({"model": "x", "lora_targets": ("to_q",)}, "--lora-targets belongs to --lora-rank, which is not given"),
+        ({"model": "x", "token_vectors": 2}, "--token-vectors belongs to --token, "),
+        ({"min_snr_floor": 1.0}, "belong to --weight min_snr, not plain"),
         ({"train": ()}, "expected unet, text_encoder or both"),
         ({"learned_variance": True, "huber": 0.1}, "a loss of its own: leave out --huber"),
         ({"clip": 0.0}, "--clip 0.0"),
@@ -70,7 +73,7 @@ def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
         ({"model": "MODEL", "zero_snr": True}, "its own --unet, --vae, --text-encoder, --zero-snr: train a new one"),
         ({"noise": "uniform", "noise_mean": 0.0}, "uniform training noise has no mean"),
         ({"vae": "nowhere"}, "nowhere.*missing"),
-        ({"text_encoder": "nowhere"}, "nowhere.*missing"),
+        ({"text_encoder": "nowhere"}, "nowhere is not a model folder"),
         ({"size": 18, "vae": "MODEL"}, "--size 18: expected a multiple of 4"),
         ({"prediction": "velocity"}, "expected scaled_linear"),
         ({"prediction": "epsilon", "zero_snr": True}, "pure noise"),
@@ -120,6 +123,14 @@ def test_flags_replace_what_the_preset_says(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_a_run_starts_from(arguments: str, name: str) -> None:
     assert preset_for(arguments.split()) == name
     check_model_settings(PRESETS[name])
+
+
+@pytest.mark.parametrize("flag", ["--prediction=v", "--vae bundled", "--unet.layers-per-block 1"])
+def test_what_a_model_brings_itself_is_refused_even_at_its_default(flag: str) -> None:
+    config = replace(PRESETS["fine-tune"], model="bundled")
+    check_model_settings(config, ["--model", "bundled"])
+    with pytest.raises(ValueError, match=f"--model bundled brings its own {flag[:5]}"):
+        check_model_settings(config, ["--model", "bundled", *flag.split()])
 
 
 def test_guidance_interval_and_min_snr_reach_the_model(

@@ -63,9 +63,7 @@ def _build(config: Config, checkpoint: Path | None) -> Model:
     elif config.text_encoder == "none":
         conditioner = Unconditional()
     else:
-        where = None if config.text_encoder == "bundled" else config.text_encoder
-        folder = find_model(None) if where is None else newest(Path(where))
-        conditioner = load_conditioner(folder, {})  # type: ignore[assignment]
+        conditioner = load_conditioner(text_folder(config.text_encoder), {})  # type: ignore[assignment]
     tower: ClipText | None = getattr(conditioner, "tower", None)
     size = config.size or own_size(vae)
     classes = getattr(conditioner, "num_embeddings", None)
@@ -141,6 +139,15 @@ def open_autoencoder(vae: str) -> Autoencoder | Identity:
     if vae in ("none", "grey"):
         return Identity(3 if vae == "none" else 1)
     return load_autoencoder(find_model(None) if vae == "bundled" else Path(vae))
+
+
+def text_folder(text_encoder: str) -> Path:
+    """Where the text encoder and tokenizer lie that `--text-encoder` names: a folder or run of that layout, "bundled",
+    or a model's id on the hub. ValueError where they do not."""
+    if text_encoder == "bundled":
+        return find_model(None)
+    folder = newest(Path(text_encoder).expanduser())
+    return folder if (folder / "text_encoder").is_dir() else find_model(text_encoder)
 
 
 def own_size(vae: Autoencoder | Identity) -> int:

@@ -39,6 +39,9 @@ def main(config: Config) -> None:
 
     Raises ValueError for runs that are none, and leaves the folder as it was.
     """
+    for run in filter(None, (config.model, config.clip, config.student)):
+        if run.resolve().is_relative_to(config.out.resolve()):
+            raise ValueError(f"--out {config.out} would be replaced, and {run} is in it: name another")
     model, stem = load_model(config.model), WEIGHTS.removesuffix(".safetensors")
     clip = config.clip / "clip"
     read_json(clip / CONFIG)  # or an error that says what is missing

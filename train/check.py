@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from conditioning.tokenizer import ClipTokenizer
-from pipelines.find import find_model
 from train.buckets import assign
+from train.build import text_folder
 from train.data import refuse_unusable, workers_named
 from train.pictures import UNREADABLE, Example, Row, Source
 from train.shards import Shards, open_shards
@@ -220,7 +220,7 @@ def _sizes(sizes: list[tuple[int, int]], size: int) -> Iterator[str]:
 
 def _lengths(captions: Counter[str], text_encoder: str | None) -> Iterator[str]:
     """How many captions need more than one window of the text encoder."""
-    tokenizer = ClipTokenizer.from_folder(find_model(text_encoder) / "tokenizer")
+    tokenizer = ClipTokenizer.from_folder(text_folder(text_encoder or "bundled") / "tokenizer")
     window = tokenizer.length or 77
     longer = sum(len(tokenizer.encode(caption)) + 2 > window for caption in captions)
     yield f"  {longer:,} are longer than the {window} tokens of {text_encoder or 'the bundled model'}"

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from pipelines.find import find_model
 from pipelines.folder import load_conditioner
-from train.build import open_autoencoder, own_size
+from train.build import open_autoencoder, own_size, text_folder
 from train.feed import open_feed
 from train.launch import start
 from train.texts import Texts
@@ -48,8 +47,7 @@ def fill(
             f"--data {data!r} is read as a stream, whose latents are not kept: nothing to compute beforehand"
         )
     if text_encoder:
-        folder = find_model(None if text_encoder == "bundled" else text_encoder)
-        conditioner = load_conditioner(folder, {})
+        conditioner = load_conditioner(text_folder(text_encoder), {})
         conditioner.to(accelerator.device)
         texts = Texts(conditioner, feed.captions, accelerator.device, cache=cache, accelerator=accelerator)
         if texts.table is not None:

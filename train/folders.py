@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from pipelines.image import rgb
 from train.captions import Template, captions_of, clean
 from train.hashes import FileHashes
-from train.pictures import MAX_UNUSABLE, PICTURES, UNREADABLE, Example, digest, rgb, upright_size
+from train.pictures import MAX_UNUSABLE, PICTURES, UNREADABLE, Example, digest, upright_size
 
 
 @dataclass

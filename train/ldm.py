@@ -303,7 +303,9 @@ def _refuse_not_finite(what: str, value: float, update: int, captions: list[str]
 
 if __name__ == "__main__":
     try:
-        main(parse(Config, PRESETS, default=preset_for(sys.argv)))
+        settings = parse(Config, PRESETS, default=preset_for(sys.argv))
+        check_model_settings(settings, sys.argv)
+        main(settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:

@@ -7,8 +7,9 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from pipelines.image import rgb
 
 if TYPE_CHECKING:
     from train.hashes import FileHashes
@@ -69,18 +70,6 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) once it is turned as its EXIF data says; nothing is decoded."""
     turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (image.height, image.width) if turned else image.size
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """RGB, turned as its EXIF data says, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def refuse_numbers(source: Source) -> None:

@@ -64,11 +64,15 @@ def preset_for(arguments: Sequence[str]) -> str:
     return "fine-tune" if "--model" in given else "new" if "--data" in given else "shapes"
 
 
-def check_model_settings(config: Config) -> None:
-    """Refuses settings of a new model beside --model, which brings its own."""
+def check_model_settings(config: Config, arguments: Sequence[str] = ()) -> None:
+    """Refuses settings of a new model beside --model, which brings its own.
+
+    arguments: of the command; what it names is refused even where it is what a preset has.
+    """
     fixed = ("unet", "vae", "text_encoder", "path", "prediction", "zero_snr", "sigma_data")
     known = [Config(), PRESETS["new"], PRESETS["bundled"]]
-    changed = [n for n in fixed if all(getattr(config, n) != getattr(preset, n) for preset in known)]
+    given = {flag.lstrip("-").partition(".")[0].replace("-", "_") for flag in flags_in(arguments)}
+    changed = [n for n in fixed if n in given or all(getattr(config, n) != getattr(preset, n) for preset in known)]
     if config.model and changed:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         raise ValueError(

@@ -7,6 +7,7 @@ seed --seed + i and is always painted with the same others: any number of proces
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
@@ -30,20 +31,23 @@ class Painted:
     caption: str
     seed: int
     size: int
+    by: str = ""  # the model, and how it paints; "" where that no longer counts
 
     def save(self, image: Image.Image) -> None:
         about = PngInfo()
         about.add_text("seed", str(self.seed))
+        about.add_text("by", self.by)
         self._text.unlink(missing_ok=True)
         image.save(self.file, pnginfo=about)
         self._text.write_text(self.caption, encoding="utf-8")  # last: says that the picture is whole
 
     def is_there(self) -> bool:
-        """Not, if it is of another caption, seed or size, as a killed run with other settings leaves it."""
+        """Not, if it is of another caption, seed, size or model, as a killed run with other settings leaves it."""
         try:
             with Image.open(self.file) as image:
                 seed = image.info.get("seed", str(self.seed))  # earlier pictures do not say theirs
                 alike = seed == str(self.seed) and image.size == (self.size, self.size)
+                alike = alike and (not self.by or image.info.get("by", self.by) == self.by)
             return alike and self._text.read_text(encoding="utf-8") == self.caption
         except OSError:  # not there, or another process is just painting it again
             return False
@@ -59,13 +63,14 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
 
     Raises ValueError when they are lost from a run that has learnt already.
     """
-    folder = config.output / "prior"
+    folder, learnt = config.output / "prior", bool(checkpoints(config.output))
+    by = "" if learnt else f"{config.model}, {model.defaults}"
     files = [
-        Painted(folder / f"{i:05d}.png", config.prior[i % len(config.prior)], config.seed + i, size)
+        Painted(folder / f"{i:05d}.png", config.prior[i % len(config.prior)], config.seed + i, size, by)
         for i in range(config.prior_pictures)
     ]
     missing = _missing(files)
-    if missing and checkpoints(config.output):
+    if missing and learnt:
         raise ValueError(f"{folder} lacks {missing} of {len(files)} pictures, and the model is no longer what it was")
     folder.mkdir(parents=True, exist_ok=True)
     # Shares of all batches, not of the missing ones: those are fewer for a process that looks when others have begun.
@@ -73,13 +78,17 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
     share = [start for start in mine if _missing(files[start : start + BATCH])]
     pipe = TextToImagePipeline(model)
     pipe.set_progress_bar_config(disable=True)
+    grey = Image.new("RGB", (size, size), "grey")
+    whole: dict[str, Any] = {"image": grey, "mask": Image.new("L", grey.size, 255)} if model.inpaints else {}
     quiet = not accelerator.is_main_process or not share
     for start in tqdm(share, desc="painting what shall stay", unit="batch", disable=quiet):
         batch = files[start : start + BATCH]
         captions = [one.caption for one in batch]
-        painted = pipe(captions, seed=config.seed + start, height=size, width=size).images
+        painted = pipe(captions, seed=config.seed + start, height=size, width=size, **whole).images
         for one, image in zip(batch, painted, strict=True):
             one.save(image)
+    if accelerator.is_main_process:
+        _remove_others(folder, files)
     accelerator.wait_for_everyone()
     if lacking := _missing(files):
         raise ValueError(
@@ -92,6 +101,13 @@ def with_prior(model: Model, config: Config, size: int, accelerator: Accelerator
     if len(split_parts(data)) != len(parts_of(source)) + 1:
         raise ValueError(f"--data {config.data!r}, --output {str(config.output)!r}: with --prior no name may hold a +")
     return data
+
+
+def _remove_others(folder: Path, files: list[Painted]) -> None:
+    """Pictures of a killed run that was to paint more, which would be trained on."""
+    for file in {*folder.glob("[0-9]*.png")} - {one.file for one in files}:
+        file.with_suffix(".txt").unlink(missing_ok=True)
+        file.unlink()
 
 
 def _missing(files: list[Painted]) -> int:

@@ -10,6 +10,16 @@ from train.launch import MixedPrecision
 
 # Attention's projections, by the names that they have in the U-Net and in CLIP's text encoder.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+# Settings that mean nothing without another, and whoever gives them alone has forgotten it.
+BELONGS = {
+    "keep_tags": "shuffle_tags",
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank",
+    "token_from": "token",
+    "token_vectors": "token",
+    "prior_pictures": "prior",
+    "prior_weight": "prior",
+}
 SMALL = UNetConfig(
     block_out_channels=(64, 128),
     layers_per_block=1,
@@ -109,6 +119,14 @@ class Config:
         for name in ("keep_tags", "lora_rank", "huber", "offset_noise", "perturbation", "prior_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 0")
+        for name, owner in BELONGS.items():
+            value, default = getattr(self, name), Config.__dataclass_fields__[name].default
+            given = tuple(value) != default if isinstance(default, tuple) else value != default
+            if given and not getattr(self, owner):
+                said, missing = (f"--{field.replace('_', '-')}" for field in (name, owner))
+                raise ValueError(f"{said} belongs to {missing}, which is not given: add it, or leave {said} out")
+        if self.weight != "min_snr" and (self.min_snr_gamma, self.min_snr_floor) != (5.0, 0.0):
+            raise ValueError(f"--min-snr-gamma and --min-snr-floor belong to --weight min_snr, not {self.weight}")
         if not self.train or len(set(self.train)) < len(self.train):
             raise ValueError(f"--train {' '.join(self.train)}: expected unet, text_encoder or both")
         for name in ("lora_rank", "token", "prior"):

@@ -219,8 +219,8 @@ def _add_adapters(networks: dict[str, nn.Module], config: Config, checkpoint: Pa
             torch.manual_seed(config.seed)
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=found[part]), network)
         if saved is not None:
-            prefix = f"{part}." if part == "unet" else f"{part}.{PREFIX}"
-            mine = {name.removeprefix(prefix): t for name, t in saved.items() if name.startswith(prefix)}
+            mine = {name.removeprefix(f"{part}."): t for name, t in saved.items() if name.startswith(f"{part}.")}
+            mine = {name.removeprefix(PREFIX): t for name, t in mine.items()}
             set_peft_model_state_dict(network, mine)
 
 
