@@ -222,8 +222,8 @@ def test_a_rehearsal_sees_the_largest_shape(tmp_path: Path) -> None:
     fed = feed(folder, tmp_path / "cache", size=32, buckets=True, multiple=8, pixels=True)
     before = [fed.take(update, 0, 4, 4) for update in range(3)]
     with fed.rehearsing():
-        for first in (0, 8):  # more than there are of that shape
-            taken = fed.take(0, first, 8, 16)
+        for update, first in ((0, 0), (0, 8), (1, 0), (1, 8)):  # more than there are of that shape
+            taken = fed.take(update, first, 8, 16)
             assert taken.mean.shape == (8, 3, 32, 32)
             assert taken.pixels is not None
             torch.testing.assert_close(taken.pixels, taken.mean, atol=1e-3, rtol=0)

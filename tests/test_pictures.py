@@ -1,5 +1,7 @@
 """Pictures on their way into training: how they are brought to one size, read once, and ordered."""
 
+import errno
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -11,6 +13,7 @@ from PIL import Image
 
 from pipelines.image import rgb
 from tests.sets import fill, metadata, truncate
+from train.buckets import measure
 from train.data import batch_indices, fit, generator, permutation, read, read_pictures, to_unit, written_aside
 from train.sources import describe, open_source
 
@@ -178,3 +181,22 @@ def test_generators_are_functions_of_their_numbers() -> None:
     assert torch.rand(4, generator=generator(0, 1)).equal(draws[0, 1])
     assert len({tuple(d.tolist()) for d in draws.values()}) == 4
     assert torch.get_rng_state().equal(state)  # the global one is left alone
+
+
+@pytest.mark.parametrize("failure", [errno.EIO, errno.EMFILE])
+def test_a_failing_disk_makes_no_broken_picture(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int
+) -> None:
+    source = open_source(str(picture_folder), 16)
+    opened = Image.open
+
+    def fail(file: Path) -> Image.Image:
+        if str(file).endswith("3.png"):
+            raise OSError(failure, os.strerror(failure), str(file))
+        return opened(file)
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(RuntimeError, match="type the same command again"):
+        list(read(source, 16, range(len(source)), batch=8, workers=0, progress=None))
+    with pytest.raises(RuntimeError, match="type the same command again"):
+        measure(source, progress=False)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.sets import parquet, tars
 from tests.test_streams import feed, numbers
-from train.shards import open_shards
+from train.shards import Shards, open_shards
 
 pytestmark = pytest.mark.usefixtures("in_process", "own_datasets_cache")
 
@@ -75,6 +75,12 @@ def test_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert row.captions[0] == f"number {first}"
     with pytest.raises(ValueError, match=r"its splits are train, test: name one as someone/numbers:SPLIT"):
         open_shards("someone/numbers:validation")
+
+
+def test_a_set_of_the_hub_stays_itself_from_commit_to_commit() -> None:
+    names = [f"hf://datasets/a/b@{commit * 40}/{file}.tar" for commit in "ab" for file in ("x", "y")]
+    first, second = (Shards("a/b", names[i : i + 2]).fingerprint() for i in (0, 2))
+    assert first == second != Shards("a/b", names[1:3]).fingerprint()
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path, picture_folder: Path) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from train.data import written_aside
 from train.hashes import FileHashes
-from train.pictures import UNREADABLE, Source, digest
+from train.pictures import UNREADABLE, Source, digest, refuse_failing_disk
 from train.sources import parts_of
 
 LEAST_AREA = 0.75  # of a bucket, in squares
@@ -115,7 +115,8 @@ def measure(source: Source, *, progress: bool = True) -> list[tuple[int, int] | 
     def one(index: int) -> tuple[int, int] | None:
         try:
             return source.picture_size(index)
-        except UNREADABLE:
+        except UNREADABLE as error:
+            refuse_failing_disk(error, f"picture {index}")
             return None
 
     with ThreadPoolExecutor(4) as pool:  # which wait for the disk more than they compute

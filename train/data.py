@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from train.hashes import FileHashes
-from train.pictures import MAX_UNUSABLE, UNREADABLE, Source, digest, refuse_numbers
+from train.pictures import MAX_UNUSABLE, UNREADABLE, Source, digest, refuse_failing_disk, refuse_numbers
 
 Side = int | tuple[int, int]  # of a square, or (width, height), in pixels
 
@@ -60,6 +60,7 @@ def load(source: Source, size: Side, index: int) -> Loaded:
         image, captions, key = source[index]
         pixels = fit(image, size)
     except UNREADABLE as error:
+        refuse_failing_disk(error, f"picture {index}")
         return Loaded(None, (), f"picture {index}", str(error), index, ())
     return Loaded(pixels, captions, key, "" if captions else "no caption", index, framing(*image.size, size))
 

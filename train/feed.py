@@ -84,14 +84,22 @@ class CachedFeed:
         captions = [self.captions[i] for i in chosen.tolist()]
         pixels = None
         if self.readers:
-            reading = self.reading.pop((update, first, size, global_batch), None) or self._read(chosen)
-            # These positions of the next update will be asked for soon; at once, unless updates have several steps.
-            self.reading = {call: pixels for call, pixels in self.reading.items() if call[0] >= update}
-            following = (update + 1, first, size, global_batch)
-            if len(self.reading) < AHEAD and following not in self.reading:
-                self.reading[following] = self._read(self.order(*following)[1])
+            reading = self._read_ahead(chosen, (update, first, size, global_batch))
             pixels = to_unit(torch.stack([one.result() for one in reading])).to(self.device)
         return Taken(posterior.mean, posterior.logvar, captions, self.framing[chosen], self.parts[chosen], pixels)
+
+    def _read_ahead(self, chosen: Tensor, call: tuple[int, int, int, int]) -> list[Future[Tensor]]:
+        """`_read` of what this call chose; what the same call of the next update will choose is begun, too."""
+        if self.rehearses:  # which has chosen otherwise
+            return self._read(chosen)
+        update, first, size, global_batch = call
+        reading = self.reading.pop(call, None) or self._read(chosen)
+        # These positions of the next update will be asked for soon; at once, unless updates have several steps.
+        self.reading = {other: pixels for other, pixels in self.reading.items() if other[0] >= update}
+        following = (update + 1, first, size, global_batch)
+        if len(self.reading) < AHEAD and following not in self.reading:
+            self.reading[following] = self._read(self.order(*following)[1])
+        return reading
 
     def _read(self, chosen: Tensor) -> list[Future[Tensor]]:
         """The pixels of pictures, uint8 [height, width, 3], while other work goes on."""

@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.image import rgb
 from train.captions import Template, captions_of, clean
 from train.hashes import FileHashes
-from train.pictures import MAX_UNUSABLE, PICTURES, UNREADABLE, Example, digest, upright_size
+from train.pictures import MAX_UNUSABLE, PICTURES, UNREADABLE, Example, digest, refuse_failing_disk, upright_size
 
 
 @dataclass
@@ -35,6 +35,7 @@ class FolderSource:
             with Image.open(file) as image:
                 return Example(rgb(image), self.captions[index], str(file))
         except UNREADABLE as error:
+            refuse_failing_disk(error, str(file))
             raise ValueError(f"{file}: {error}") from None
 
     def picture_size(self, index: int) -> tuple[int, int]:
@@ -43,6 +44,7 @@ class FolderSource:
             with Image.open(self.files[index]) as image:
                 return upright_size(image)
         except UNREADABLE as error:
+            refuse_failing_disk(error, str(self.files[index]))
             raise ValueError(f"{self.files[index]}: {error}") from None
 
     def fingerprint(self, hashes: FileHashes | None = None) -> str:

@@ -1,5 +1,6 @@
 """What every source of pictures shares: an example, what counts as a picture, how it becomes RGB, and hashes."""
 
+import errno
 import hashlib
 import io
 import struct
@@ -18,6 +19,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_UNUSABLE = 0.05  # share of pictures without a caption, or broken, above which training is refused
 # What Pillow raises, and what its decoders let through.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+FAILING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ECONNRESET}
 
 
 class Example(NamedTuple):
@@ -64,6 +66,15 @@ class Row(NamedTuple):
 def _plain(error: Exception) -> str:
     """Without the address in memory that Pillow gives bytes for a name."""
     return "no picture in a format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def refuse_failing_disk(error: Exception, key: str) -> None:
+    """RuntimeError for what says nothing of the picture: it would be remembered as broken and left out for good."""
+    if isinstance(error, OSError) and error.errno in FAILING:
+        raise RuntimeError(
+            f"{key} could not be read ({error}): the disk, the network or the number of open files. Nothing is wrong "
+            "with the picture as far as is known; once that is mended, type the same command again"
+        ) from error
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

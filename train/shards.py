@@ -5,6 +5,7 @@ Nothing is copied to the disk, and a file is opened when its turn comes. Remote 
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from train.sources import HUB, expand, is_remote
 from train.tables import Columns, find_columns, row_of
 from train.tars import samples, tar_captions
 
+COMMIT = re.compile(r"@[0-9a-f]{40}(?=/)")  # in the name of a file of the hub
 READ = 256  # rows of a parquet file that are in memory at once
 
 Place = list[int]  # where in a file a row begins: [row group, row] of parquet, [byte] of a tar; [] is the beginning
@@ -48,8 +50,9 @@ class Shards:
         return f"{said}, a stream of {len(self.files):,} file(s)"
 
     def fingerprint(self) -> str:
-        """Of the names of the files, and of what is taken from them."""
-        return digest(self.origin, *self.files)
+        """Of the names of the files, and of what is taken from them; a set of the hub stays itself when its owner
+        changes a sentence of its card, and the commit in the names is another."""
+        return digest(*(COMMIT.sub("", name) for name in (self.origin, *self.files)))
 
     def rows(self, file: int, place: Place) -> Iterator[tuple[Row, Place]]:
         """The rows of a file from `place` on, each with where it begins. Raises ValueError, which names the file."""

@@ -25,10 +25,11 @@ from train.pictures import UNREADABLE, Example, Source, digest
 from train.tables import ParquetSource, open_hub, open_parquet
 from train.tars import TarSource, open_tars
 
-HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.\[\]%-]+)?")
+HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 EXPECTED = (
     "expected a folder of captioned pictures, a .parquet or .tar file or a folder of them, 'shapes' or 'pictograms' "
-    "('pictograms:all' for every object, 'pictograms:fox,house' for some), or a data set of the hub as owner/name"
+    "('pictograms:all' for every object, 'pictograms:fox,house' for some), or a data set of the hub, owner/name or "
+    "owner/name:split"
 )
 
 
