@@ -217,7 +217,10 @@ def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
         axis.title.set_fontsize(8)
         if along != "guidance":
             axis.set_xscale("log")
-            places = sorted({row[x] for row in chosen})
+            places = []
+            for place in sorted({row[x] for row in chosen}):
+                if not places or place > 1.1 * places[-1]:  # labels would lie on one another
+                    places.append(place)
             axis.set_xticks(places, [f"{place:,}" for place in places], fontsize=6, rotation=45)
             axis.set_xticks([], minor=True)
         if metric in DISTANCES:

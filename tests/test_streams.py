@@ -220,7 +220,7 @@ def test_sets_share_the_positions(tmp_path: Path) -> None:
         assert taken.parts.tolist() == [0] * 6 + [1] * 2
         assert [len(captions) for captions in taken.captions] == [1] * 6 + [2] * 2
     with pytest.raises(ValueError, match=r"a global batch of 2 has no position for .*b"):
-        feed(f"30*{tmp_path / 'a'}+{tmp_path / 'b'}").take(0, 0, 2, 2)
+        feed(f"30*{tmp_path / 'a'}+{tmp_path / 'b'}", global_batch=2)  # and not only when it is asked
 
 
 def test_what_is_unusable_is_named_and_counted(
@@ -260,3 +260,14 @@ def test_latents_and_pixels_are_those_of_the_autoencoder(tmp_path: Path) -> None
         wanted = vae.encode(taken.pixels)
     torch.testing.assert_close(taken.mean, wanted.mean)
     torch.testing.assert_close(taken.logvar, wanted.logvar)
+
+
+@pytest.mark.parametrize(("batch", "ratio"), [(8, 2), (10, 1)])
+def test_files_that_come_more_often_than_others_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture, batch: int, ratio: int
+) -> None:
+    fed = feed(tars(tmp_path, 5, 40), global_batch=batch)
+    said = f"with {batch} of its pictures in an update, those of some of its 5 files come 2 times as often as others"
+    assert (said in capsys.readouterr().out) == (ratio == 2)
+    files = Counter(number // 40 for update in range(10) for number in numbers(fed.take(update, 0, batch, batch)))
+    assert max(files.values()) == ratio * min(files.values())

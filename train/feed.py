@@ -189,9 +189,12 @@ def open_feed(
                 "--buckets needs the sizes of all pictures beforehand, which a stream has not: copy the data here and "
                 "leave out --streaming, or leave out --buckets"
             )
-        return _open_streams(
+        streams = _open_streams(
             parts, vae, size, seed=seed, accelerator=accelerator, workers=workers, template=template, pixels=pixels
         )
+        for said in streams.uneven(global_batch):
+            accelerator.print(said)
+        return streams
     source = open_source(data, size, font=font, views=views, template=template)
     if accelerator.is_main_process:
         print(describe(source, None if buckets else size))

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
@@ -232,6 +232,20 @@ class StreamFeed:
         stream = position * streams // n
         begin, end = -(-stream * n // streams), -(-(stream + 1) * n // streams)
         return part, f"{part}.{stream}", call.update * (end - begin) + position - begin
+
+    def uneven(self, global_batch: int) -> Iterator[str]:
+        """Of each set some of whose files are read faster than others, a sentence that says so."""
+        for shards, n in zip(self.sets, self._counts(global_batch), strict=True):
+            files = len(shards.files)
+            streams = min(files, STREAMS, n)
+            shares = [-(-(s + 1) * n // streams) + (-s * n // streams) for s in range(streams)]  # of a batch
+            rates = [share / len(range(s, files, streams)) for s, share in enumerate(shares)]
+            if max(rates) > 1.25 * min(rates):
+                yield (
+                    f"{shards.name}: with {n} of its pictures in an update, those of some of its {files} files come "
+                    f"{max(rates) / min(rates):.2g} times as often as others; all come equally often where the number "
+                    f"of files divides that of pictures, or both are multiples of {STREAMS}"
+                )
 
     def _counts(self, global_batch: int) -> list[int]:
         """How many positions of a global batch each set has: its share, rounded by the largest remainders."""
