@@ -36,7 +36,7 @@ def load_conditioner(
         return Unconditional()
     if kind == "semantic":
         return open_network(SemanticEncoder, folder / "semantic_encoder")
-    single = kind == "clip" and "conditioning" in notes and ZERO_NULL not in notes  # saved over a pair of encoders
+    single = notes.get("conditioning") == "clip" and ZERO_NULL not in notes  # though saved over a pair of encoders
     if single or not (folder / "text_encoder_2").is_dir():
         return _clip(folder, *ENCODERS[0], dtype, variant)
     said = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else notes

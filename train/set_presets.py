@@ -208,6 +208,7 @@ SMALL_SETS = {
     # at 4.5: batches of 64, rate 3e-3, noise about -0.8, attention on 8×8 as well 90; with one change: no attention
     # there 87, batches of 32 80, rate 6e-3 78, noise about -0.4 91; batches of 32 and no attention there at 6e-3 78, at
     # 1e-2 82, at 4e-3 with noise about -1.2 75, about -1.6 71, a network half as large again about -1.2 72.
+    # What this very combination reaches, in ten minutes or an hour, is not measured yet.
     "cifar10-fast": replace(
         PHOTOS,
         text_encoder="bundled",
