@@ -27,7 +27,7 @@ class Paint:
     seed: int | None = None
     """Picture i is painted from the noise of seed + i; random by default."""
     count: int = 1
-    """How many pictures; 8 at a time are in memory."""
+    """How many pictures; 8 at a time are in memory, or fewer where a GPU has too little."""
     steps: int | None = None
     """Sampler steps; the model's own by default."""
     guidance: float | None = None
@@ -74,38 +74,42 @@ class Paint:
         if self.mask and not self.image:
             raise ValueError(f"--mask {self.mask} says where to paint on a picture: give --image, too")
         begin, mask = (_picture(flag, file) for flag, file in (("--image", self.image), ("--mask", self.mask)))
-        pipe = _opened(self)
-        for where in self.embedding:
-            print(f"learned {', '.join(pipe.load_embedding(where))}", file=sys.stderr)
-        print(f"painting on {pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}", file=sys.stderr)
-        seed = random.randrange(2**31) if self.seed is None else self.seed
-        width, height = self.width, self.height
-        if begin is not None and width is None and height is None:
-            from pipelines.image import trained_sides
+        from pipelines.device import as_many_as_fit
+        from pipelines.image import trained_sides
 
-            width, height = trained_sides(begin, pipe.model.size, pipe.model.vae.downscale)
-        for start in range(0, self.count, BATCH):
-            output = pipe(
+        pipe = _opened(self)
+        for learned in self.embedding:
+            print(f"learned {', '.join(pipe.load_embedding(learned))}", file=sys.stderr)
+        seed = random.randrange(2**31) if self.seed is None else self.seed
+        where = f"{pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}"
+        print(f"painting on {where}, seed {seed}", file=sys.stderr)
+        width, height = self.width, self.height
+        if begin is not None:
+            width, height = trained_sides(begin, pipe.model.size, pipe.model.vae.downscale, width, height)
+
+        def paint(first: int, pictures: int) -> Any:
+            return pipe(
                 self.prompt,
                 height=height,
                 width=width,
                 steps=self.steps,
                 guidance_scale=self.guidance,
                 negative_prompt=self.negative,
-                num_images_per_prompt=min(BATCH, self.count - start),
-                seed=seed + start,
+                num_images_per_prompt=pictures,
+                seed=seed + first,
                 sampler=self.sampler,
                 classifier=self.classifier,
                 classifier_scale=self.classifier_scale,
                 image=begin,
                 mask=mask,
                 strength=self.strength,
-            )
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(output.images, start + 1):
-                file = self.out if self.count == 1 else self.out.with_stem(f"{self.out.stem}-{i}")
-                image.save(file)
-                print(file)
+            ).images
+
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(as_many_as_fit(self.count, BATCH, paint), 1):
+            file = self.out if self.count == 1 else self.out.with_stem(f"{self.out.stem}-{i}")
+            image.save(file)
+            print(file)
 
 
 @dataclass(frozen=True)
@@ -136,12 +140,9 @@ class Web:
 
 def _opened(command: Paint | Web) -> Any:
     """The pipeline of a command, with its LoRAs."""
-    import torch
-
     from pipelines import TextToImagePipeline
 
-    dtype = getattr(torch, command.dtype) if command.dtype else None
-    pipe = TextToImagePipeline.from_pretrained(command.model, device=command.device, dtype=dtype)
+    pipe = TextToImagePipeline.from_pretrained(command.model, device=command.device, dtype=command.dtype)
     pipe.load_loras(command.lora, command.lora_weight)
     return pipe
 
@@ -236,7 +237,8 @@ class Cache:
     size: int | None = None
     """Side of the pictures in pixels; what the autoencoder was trained on by default."""
     text_encoder: str = ""
-    """Model folder or "bundled": compute its states of the captions, too, where they are too many for memory."""
+    """Model folder or "bundled": compute its states of the captions, too, where they are too many for memory. "none":
+    for a model that is told nothing, which takes pictures without a caption as well."""
     buckets: bool = False
     """Aspect-ratio buckets."""
     multiple: int = 0
@@ -339,7 +341,8 @@ class Evaluate:
             from train.measure import Measuring, measure
             from train.samples import Painting, is_model
 
-            said = [name for name in ("steps", "guidance", "sampler") if getattr(self, name) is not None]
+            names = ("steps", "guidance", "sampler", "seed", "batch")
+            said = [name for name in names if getattr(self, name) != getattr(Evaluate, name)]
             if said and not is_model(self.model):
                 raise ValueError(f"--{said[0]} is for a model that paints, and {self.model} is a folder of pictures")
             painting = Painting(self.steps, self.guidance, self.sampler, self.seed, self.batch)

@@ -164,10 +164,10 @@ def check(options: Options, places: int) -> None:
         raise ValueError(
             f"--updates {' '.join(map(str, options.updates))}: expected --minutes 0, and a number for each of --sides"
         )
-    if options.minutes and len(options.sides) % places:
+    if options.minutes and len(options.sides) > places and len(options.sides) % places:
         raise ValueError(
             f"{len(options.sides)} --sides on {places} cores: the last ones would train with idle neighbours, and make "
-            f"more of their time. Expected a multiple of {places}, or --minutes 0"
+            f"more of their time. Expected {places} at most, a multiple of it, or --minutes 0"
         )
     latent = [name for name in options.sides if PRESETS[name].vae not in ("none", "grey")]
     if latent and options.autoencoder is None:

@@ -139,7 +139,7 @@ def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
     from pipelines.find import find_model
     from train.measure import Measuring, measure
     from train.pictures import digest
-    from train.samples import Painting, model_digest, open_painter
+    from train.samples import Painting, is_told, model_digest, open_painter
 
     models = list(options.models)
     if options.along == "training":
@@ -149,6 +149,8 @@ def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
         pipe = open_painter(model, options.lora, options.lora_weight)
         about: dict[str, Any] = {"model": model, "parameters": sum(p.numel() for p in pipe.model.unet.parameters())}
         about["pictures_seen"] = pictures_seen(newest(find_model(model)))
+        if options.along == "guidance" and not is_told(pipe):
+            raise ValueError(f"{model} is told nothing, and there is no guidance to vary")
         for point in points_of(options, pipe, model):
             about |= asdict(point) | {"evaluations": count_evaluations(pipe, point)}
             for seed in options.seeds:
@@ -168,7 +170,7 @@ def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
                     workers=options.workers,
                 )
                 result = measure(how, pipe)
-                about |= {name: result["painted"][name] for name in ("steps", "guidance")}  # the model's own, too
+                about |= {name: result["painted"][name] for name in ("sampler", "steps", "guidance")}  # its own, too
                 common = {"samples": result["samples"], "extractor": result["extractor"]["hash"]}
                 common["reference"] = result["reference"]["hash"]
                 asked = [one for one in result["metrics"] if is_asked(one["metric"], options.metrics)]

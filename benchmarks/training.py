@@ -85,6 +85,7 @@ from torchvision import transforms
 from transformers import CLIPTextModel, CLIPTokenizer
 job = json.loads(sys.argv[1])
 torch.set_num_threads(job["threads"])
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as ours, on a GPU
 accelerator = Accelerator(mixed_precision=job["precision"])
 dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job["precision"], torch.float32)
 folder = job["model"]

@@ -104,7 +104,7 @@ def main(
     """Returns the errors of reconstructions and variations, how much of each attribute pictures have at both ends of
     their row, and with a judge the share of 200 variations that show what their pictures show."""
     pipe = DiffusionAutoencoderPipeline.from_pretrained(trained(out) if small else model)
-    source = open_source(pipe.model.defaults.data, pipe.model.size)
+    source = open_source(pipe.model.defaults.data, pipe.model.size, captions=judge is not None)
     examples = [source[i] for i in permutation(len(source), 0, -1)[:1000].tolist()]  # the first were not trained on
     images = [Image.fromarray(fit(example.image, pipe.model.size)) for example in examples]
     semantic, first = pipe.semantic(images), images[:COLUMNS]

@@ -64,9 +64,9 @@ class Segments:
     def sigma(self, u: Tensor) -> Tensor:
         """The level at which uniform numbers u in [0, 1) begin; [B]."""
         count = len(self.sigmas) - 1
-        u = u.cpu() if u.device.type == "mps" else u  # which has no float64
-        rung = (u.double() * count).long().clamp(max=count - 1)
-        return self.sigmas.to(u)[rung]
+        exact = (u.cpu() if u.device.type == "mps" else u).double()  # which has no float64
+        rung = (exact * count).long().clamp(max=count - 1)
+        return self.sigmas.to(u)[rung.to(u.device)]
 
     def ends(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(the next level, the end of the segment) after levels that `sigma` gave; [B] each."""

@@ -59,7 +59,9 @@ class LogNormal:
 
     def sigma(self, u: Tensor) -> Tensor:
         """Noise level at uniform numbers u inside (0, 1); of u's shape, float32 or better."""
-        sigma = (self.mean + self.std * torch.special.ndtri(_inside(u))).exp()
+        inside = _inside(u)
+        inside = inside.cpu() if inside.device.type == "mps" else inside  # which has no ndtri
+        sigma = (self.mean + self.std * torch.special.ndtri(inside).to(u.device)).exp()
         return self.schedule.clamp(sigma) if self.schedule else sigma
 
     def density(self, sigma: Tensor) -> Tensor:

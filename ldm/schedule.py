@@ -224,7 +224,8 @@ class EDM(NoiseSchedule):
         return (4 * _floating(t)).exp()
 
     def timestep(self, sigma: Tensor | float) -> Tensor:
-        return _floating(sigma).log() / 4
+        sigma = _floating(sigma)
+        return sigma.clamp(min=torch.finfo(sigma.dtype).tiny).log() / 4  # finite at 0, where c_out takes it times 0
 
     def clamp(self, sigma: Tensor) -> Tensor:
         return sigma

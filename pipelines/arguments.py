@@ -1,6 +1,7 @@
 """The arguments of a call, checked: prompts, sides, and where the noise comes from."""
 
 import functools
+import operator
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,14 @@ from torch import Tensor
 from ldm.samplers import Noise, picture_noise
 
 Generators = torch.Generator | Sequence[torch.Generator]
+
+
+def whole(name: str, value: Any) -> int:
+    """Python's own int of a whole number of any kind; ValueError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r}: expected a whole number") from None
 
 
 def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:
@@ -40,7 +49,7 @@ def step_count(steps: int | None, num_inference_steps: int | None, default: int)
     """The number of steps, which has two names."""
     if steps is not None and num_inference_steps is not None and steps != num_inference_steps:
         raise ValueError(f"steps={steps} and {num_inference_steps=} are two names of one thing: give one")
-    steps = next((s for s in (steps, num_inference_steps) if s is not None), default)
+    steps = whole("steps", next((s for s in (steps, num_inference_steps) if s is not None), default))
     if steps < 1:
         raise ValueError(f"steps={steps}: sampling takes at least one step")
     return steps
@@ -97,18 +106,33 @@ def starting_noise(
         raise ValueError("seed and generator both say where noise comes from: give one")
     if latents is not None and tuple(latents.shape) != shape:
         raise ValueError(f"latents should be of shape {shape}, got {tuple(latents.shape)}")
+    given = [generator] if isinstance(generator, torch.Generator) or generator is None else generator
+    if not isinstance(given, list | tuple) or not all(isinstance(one, torch.Generator | None) for one in given):
+        raise ValueError(f"generator={generator!r}: expected a torch.Generator, or a list of one for each picture")
     seeds = None
     if isinstance(generator, torch.Generator):
         noise: Noise = functools.partial(_batch_noise, generator)
         return None, noise, noise(torch.empty(shape)) if latents is None else latents
     if generator is None:
-        first = random.randrange(2**31) if seed is None else seed
+        first = random.randrange(2**31) if seed is None else _seed(seed, shape[0])
         seeds = list(range(first, first + shape[0]))
         generator = [torch.Generator().manual_seed(s) for s in seeds]
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} pictures: give one, or as many")
     noise = picture_noise(list(generator))
     return (seeds, noise, noise(torch.empty(shape))) if latents is None else (None, noise, latents)
+
+
+def _seed(seed: Any, pictures: int) -> int:
+    if isinstance(seed, list | tuple):
+        raise ValueError(
+            f"seed={seed!r}: expected one number, that of the first picture; for a seed of each give "
+            "generator=[torch.Generator().manual_seed(s) for s in …]"
+        )
+    first = whole("seed", seed)
+    if not -(2**63) <= first <= 2**64 - pictures:
+        raise ValueError(f"seed={seed}: expected a number that has 64 bits, with those of the pictures after it")
+    return first
 
 
 def _batch_noise(generator: torch.Generator, x: Tensor) -> Tensor:

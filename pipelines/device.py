@@ -1,6 +1,6 @@
-"""Which device to paint on, and how exactly."""
+"""Which device to paint on, how exactly, and how many pictures at once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,3 +37,34 @@ def usable_device(device: str | torch.device) -> torch.device:
         why = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} can't be used here ({why}): expected cpu, cuda or mps") from None
     return chosen
+
+
+def data_type(name: torch.dtype | str | None) -> torch.dtype | None:
+    """PyTorch's data type of this name; ValueError where there is none that weights can have."""
+    if name is None:
+        return None
+    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={name!r}: expected float32, bfloat16 or float16")
+    return found
+
+
+def as_many_as_fit(count: int, most: int, paint: Callable[[int, int], Any]) -> Iterator[Any]:
+    """`count` pictures of paint(first, pictures), at most so many at a time, fewer once a GPU has too little memory.
+
+    A picture is the same in any batch. Raises ValueError where there is no memory for one."""
+    first = 0
+    while first < count:
+        pictures = min(most, count - first)
+        try:
+            painted = paint(first, pictures)
+        except torch.OutOfMemoryError as error:
+            if pictures == 1:
+                raise ValueError(
+                    f"the memory of this device is too small for one picture ({str(error).splitlines()[0]}): ask for a "
+                    "smaller width and height, or the data type bfloat16"
+                ) from None
+            most = pictures // 2
+            continue
+        yield from painted
+        first += pictures

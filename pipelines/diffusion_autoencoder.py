@@ -86,7 +86,7 @@ class DiffusionAutoencoderPipeline:
     @exact_float32()
     def encode(self, images: Any, *, steps: int | None = None, sampler: str | None = None) -> Codes:
         """Both codes; the stochastic one, [N, C, h, w], is about unit normal."""
-        sigmas, name = self._levels(steps, sampler)
+        sigmas, name = self.levels(steps, sampler)
 
         def encoded(pictures: Tensor) -> Codes:
             semantic = self.encoder.encode(pictures)
@@ -105,7 +105,7 @@ class DiffusionAutoencoderPipeline:
         if len(codes.semantic) != len(codes.stochastic):
             got = f"{len(codes.semantic)} semantic and {len(codes.stochastic)} stochastic codes"
             raise ValueError(f"expected one of each for a picture, got {got}")
-        sigmas, name = self._levels(steps, sampler)
+        sigmas, name = self.levels(steps, sampler)
         latents = []
         for semantic, noise in zip(codes.semantic.split(BATCH), codes.stochastic.split(BATCH), strict=True):
             x = noise.to(self.device) * float(1 + sigmas[0] ** 2) ** 0.5
@@ -180,8 +180,10 @@ class DiffusionAutoencoderPipeline:
             raise ValueError("image: got an empty list, expected a picture, or a list of at least one")
         return torch.cat([_squares(one, size) for one in several]).to(self.device)
 
-    def _levels(self, steps: int | None, sampler: str | None) -> tuple[Tensor, str]:
-        """The noise levels from pure noise down to the picture, and the sampler."""
+    def levels(self, steps: int | None = None, sampler: str | None = None) -> tuple[Tensor, str]:
+        """The noise levels from pure noise down to the picture, and the sampler; by default the model's own.
+
+        Raises ValueError for a sampler that can't be inverted, or more steps than a clamped schedule has rows."""
         defaults = self.model.defaults
         name = sampler or defaults.sampler or "ddim"
         if name not in ORDERS:

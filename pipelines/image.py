@@ -50,12 +50,17 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def trained_sides(image: Image.Image, size: int, multiple: int) -> tuple[int, int]:
-    """(width, height) of about as many pixels as a square of `size` has, in a picture's ratio, upright; multiples."""
+def trained_sides(
+    image: Image.Image, size: int, multiple: int, width: int | None = None, height: int | None = None
+) -> tuple[int, int]:
+    """(width, height) in a picture's ratio, upright, multiples: what is given of them, or else of about as many pixels
+    as a square of `size` has."""
     sides = ImageOps.exif_transpose(image).size
     scale = size / math.sqrt(sides[0] * sides[1])
-    width, height = (max(1, round(side * scale / multiple)) * multiple for side in sides)
-    return width, height
+    if width is not None or height is not None:
+        scale = width / sides[0] if width is not None else (height or 0) / sides[1]
+    wide, high = (max(1, round(side * scale / multiple)) * multiple for side in sides)
+    return (wide if width is None else width), (high if height is None else height)
 
 
 def _tensors(image: Any) -> Sequence[Tensor]:

@@ -8,7 +8,7 @@ from typing import Literal, Self
 import torch
 
 from pipelines.adapters import Loras
-from pipelines.device import best_device, usable_device
+from pipelines.device import best_device, data_type, usable_device
 from pipelines.embeddings import load_embedding
 from pipelines.folder import Model, for_atelier_alone, load_model, save_model
 
@@ -35,11 +35,11 @@ class OpenedModel:
         path_or_hub_id: str | Path | None = None,
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         variant: str | None = None,
         attention: Literal["sdpa", "xformers"] = "sdpa",
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         use_safetensors: bool | None = None,
         safety_checker: None = None,
         requires_safety_checker: bool = False,
@@ -48,8 +48,8 @@ class OpenedModel:
 
         Args:
             device: by default cuda, else mps, else cpu.
-            dtype: of the weights; by default bfloat16 on a CUDA GPU that has it, else float32, which models that
-                predict the mean of a step need anywhere.
+            dtype: of the weights, torch.float16 or "float16"; by default bfloat16 on a CUDA GPU that has it, else
+                float32, which models that predict the mean of a step need anywhere.
             revision: branch or commit of a hub id.
             variant: "fp16" reads the 16-bit files where a folder has both (diffusers' name); `dtype` still decides.
             attention: of the U-Net: PyTorch's own, or xformers', which needs a CUDA device.
@@ -63,6 +63,7 @@ class OpenedModel:
             raise ValueError("use_safetensors=False: only safetensors are read, pickled weights may run code")
         if safety_checker is not None or requires_safety_checker:
             raise ValueError("there is no safety checker in Atelier: leave it out or pass safety_checker=None")
+        dtype, torch_dtype = data_type(dtype), data_type(torch_dtype)
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} are two names of one thing: give one")
         chosen = usable_device(device or best_device())
@@ -122,7 +123,7 @@ class OpenedModel:
 
     def load_loras(self, places: Sequence[str | Path], weights: Sequence[float]) -> None:
         """Several, as a command line names them; weights: one for each, or one for all. ValueError for others."""
-        if len(weights) not in (1, len(places)):
+        if len(weights) not in (1, len(places)) or (not places and tuple(weights) != (1.0,)):
             raise ValueError(f"{len(weights)} --lora-weight for {len(places)} --lora: give one, or as many")
         for where, weight in zip(places, weights if len(weights) > 1 else tuple(weights) * len(places), strict=True):
             self.load_lora(where, weight)
@@ -159,6 +160,7 @@ class OpenedModel:
         which only Atelier opens.
         Raises ValueError for a model that such a folder cannot describe (a flow, EDM, labels), before writing.
         """
+        folder = Path(folder).expanduser()
         if reason := for_atelier_alone(self.model):
             raise ValueError(f"this model can't be saved for diffusers: {reason}; training runs keep it as it is")
-        save_model(self.model, Path(folder), dtype)
+        save_model(self.model, folder, dtype)

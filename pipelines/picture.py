@@ -42,9 +42,14 @@ class Picture(Image.Image):
             for key in ("prompt", "seed"):
                 if self.settings.get(key) is not None:
                     chunks.add_itxt(key, str(self.settings[key]))
-            chunks.add_itxt("atelier", json.dumps(self.settings, ensure_ascii=False))
+            chunks.add_itxt("atelier", json.dumps(self.settings, ensure_ascii=False, default=_plain))
             params["pnginfo"] = chunks
         super().save(fp, format, **params)
+
+
+def _plain(value: Any) -> Any:
+    """Of a setting that JSON does not know: NumPy's numbers as Python's, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def painted(

@@ -28,6 +28,7 @@ from pipelines.arguments import (
     starting_noise,
     step_count,
     told_sizes,
+    whole,
 )
 from pipelines.classifier import guided_to
 from pipelines.image import image_batch
@@ -138,7 +139,9 @@ class TextToImagePipeline(OpenedModel):
         """
         model, defaults = self.model, self.model.defaults
         prompts = prompt_list(prompt)
+        height, width = (s if s is None else whole(n, s) for n, s in (("height", height), ("width", width)))
         steps = step_count(steps, num_inference_steps, defaults.steps)
+        num_images_per_prompt = whole("num_images_per_prompt", num_images_per_prompt)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: expected at least 1")
         if output_type not in OUTPUT_TYPES:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
 from ldm.samplers import SAMPLERS
+from pipelines.device import as_many_as_fit
 from pipelines.image import rgb, trained_sides
 from pipelines.scheduler import sampler_of
 from pipelines.text_to_image import TextToImagePipeline
@@ -43,17 +44,19 @@ def page(pipe: TextToImagePipeline) -> Any:
         begin: dict[str, Any] = {"image": image, "mask": mask} if image else {}
         if image and not mask:
             begin["strength"] = strength
-        call: dict[str, Any] = {"negative_prompt": negative or None, "num_images_per_prompt": int(count), "seed": seed}
-        call |= {"steps": int(steps), "guidance_scale": guidance, "sampler": sampler}
+        call: dict[str, Any] = {"negative_prompt": negative or None, "steps": int(steps), "guidance_scale": guidance}
+        call |= {"sampler": sampler, "callback": lambda i, *_: progress((i + 1, int(steps)), unit="steps")}
+
+        def some(first: int, pictures: int) -> Any:
+            return pipe(prompt or "", **call, **begin, num_images_per_prompt=pictures, seed=seed + first).images
+
         try:
-            painted = pipe(
-                prompt or "", **call, **begin, callback=lambda i, *_: progress((i + 1, int(steps)), unit="steps")
-            )
+            painted = list(as_many_as_fit(int(count), MOST, some))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
         place = Path(tempfile.mkdtemp(dir=folder.name))
-        files = [str(place / f"{seed + i}.png") for i in range(len(painted.images))]
-        for picture, file in zip(painted.images, files, strict=True):
+        files = [str(place / f"{seed + i}.png") for i in range(len(painted))]
+        for picture, file in zip(painted, files, strict=True):
             picture.save(file)
         return files, f"seed {seed}" + (f" to {seed + len(files) - 1}" if len(files) > 1 else "")
 

@@ -182,7 +182,7 @@ def test_a_rate_gives_updates_that_fill_the_time_and_stays(options: Any, monkeyp
         ({"sides": ("slow", "slow")}, "expected each once"),
         ({"updates": (8,)}, "a number for each of --sides"),
         ({"sides": ("latent",)}, "--autoencoder MINUTES TFLOP"),
-        ({"minutes": 2, "sides": ("slow",)}, "1 --sides on 2 cores: .* a multiple of 2"),
+        ({"minutes": 2, "sides": ("slow", "quick", "cifar10")}, "3 --sides on 2 cores: .* Expected 2 at most"),
         ({"samples": 3}, "--samples 3: expected 4 or more"),
         ({"extractor": "nowhere"}, "'nowhere': expected inception"),
     ],
@@ -192,6 +192,7 @@ def test_what_is_wrong_is_said_before_the_hours(
 ) -> None:
     monkeypatch.setitem(PRESETS, "latent", replace(PRESETS["quick"], vae="runs/vae"))
     cifar10.check(options, 2)
+    cifar10.check(replace(options, minutes=2), 8)  # a core each, as many as there are
     with pytest.raises(ValueError, match=said):
         cifar10.check(replace(options, **changed), 2)
 

@@ -85,3 +85,7 @@ def test_a_run_that_is_none_is_named_and_nothing_is_lost(runs: Path, tmp_path: P
     with pytest.raises(ValueError, match="would be replaced, and"):
         main(Config(runs / "model", runs / "clip", None, runs))
     assert (runs / "model").is_dir()
+    (tmp_path / "atelier.json").unlink()
+    with pytest.raises(ValueError, match="would be replaced, and is no model's folder: name a new one"):
+        main(Config(runs / "model", runs / "clip", None, tmp_path))
+    assert (tmp_path / "unet").is_dir()

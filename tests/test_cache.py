@@ -1,5 +1,6 @@
 """What is computed once: the autoencoder's latents, kept apart by all they depend on."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -204,6 +205,9 @@ def test_two_processes_divide_all_shards_whenever_each_looks(
             self.process_index = rank
 
         def print(self, text: str) -> None: ...
+
+        def main_process_first(self) -> contextlib.nullcontext[None]:
+            return contextlib.nullcontext()
 
         def wait_for_everyone(self) -> None:
             """The other process looks now: what this one wrote is there, and it has to write the rest."""

@@ -214,7 +214,7 @@ def test_the_console_script_paints(model_folder: Path, tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "fox.png\n"
-    assert "painting on cpu, float32" in result.stderr
+    assert "painting on cpu, float32, seed 7" in result.stderr
     with Image.open(tmp_path / "fox.png") as image:
         text = image.text  # type: ignore[attr-defined]
         assert image.size == (16, 16)

@@ -1,12 +1,15 @@
 """Pictures and captions: every way in, and what is said of everything that is wrong with them."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from tests.sets import fill, metadata, png, said, truncate, write_parquet
+from tests.sets import fill, metadata, png, said, truncate, write_parquet, write_tar
 from train.data import read_pictures
+from train.shards import open_shards
 from train.sources import describe, open_source
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
@@ -64,6 +67,73 @@ def test_precedence(tmp_path: Path) -> None:
     assert said(found()) == [("from jsonl",)]
     write_parquet(folder / "rows.parquet", image=[png()], text=["from parquet"])
     assert said(found()) == [("from parquet",)]
+
+
+def test_captions_of_folders_below(tmp_path: Path) -> None:
+    """A folder for each split with a metadata file of its own, as `datasets` has them; one on top speaks for all."""
+    for split in ("train", "test"):
+        metadata(fill(tmp_path / split, 2), *({"file_name": f"{i}.png", "text": f"{split} {i}"} for i in range(2)))
+    source = open_source(str(tmp_path), 8)
+    assert said(source) == [("test 0",), ("test 1",), ("train 0",), ("train 1",)]
+    assert "metadata.jsonl in 2 of its folders" in describe(source, 8)
+    metadata(tmp_path, *({"file_name": f"{s}/{i}.png", "text": "on top"} for s in ("test", "train") for i in range(2)))
+    assert said(open_source(str(tmp_path), 8)) == [("on top",)] * 4
+
+
+def test_another_table_among_class_folders_says_nothing(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        fill(tmp_path / name, 3)
+    metadata(tmp_path / "cat", {"file_name": "0.png", "text": "of something else"})
+    assert said(open_source(str(tmp_path), 8)) == [("cat",)] * 3 + [("dog",)] * 3
+
+
+def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    (fill(tmp_path, 3) / "0.png").rename(tmp_path / "0.HEIC")
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    source = open_source(str(tmp_path), 8)
+    assert said(source) == [("number 1",), ("number 2",)]
+    assert f"left out, a format that is not read (convert it to JPEG or PNG): {tmp_path / '0.HEIC'}" in describe(
+        source, 8
+    )
+    for i in (1, 2):
+        (tmp_path / f"{i}.png").unlink()
+    with pytest.raises(ValueError, match=r"no pictures in .* left out, a format that is not read .*0\.HEIC"):
+        open_source(str(tmp_path), 8)
+
+
+def test_captions_can_be_done_without(tmp_path: Path) -> None:
+    """In every kind of source; those that are there are not read."""
+    (fill(tmp_path / "folder", 3) / "1.txt").write_text("a number")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    write_parquet(tmp_path / "a" / "bare.parquet", image=[png(), png("blue")])
+    write_parquet(tmp_path / "b" / "some.parquet", image=[png(), png("blue")], text=["red", None])
+    write_tar(tmp_path / "tar" / "0.tar", ("0.png", png()), ("1.png", png("blue")), ("1.txt", b"blue"))
+    for name, found in (
+        ("folder", 3),
+        ("a/bare.parquet", 2),
+        ("b/some.parquet", 2),
+        ("tar/0.tar", 2),
+    ):
+        source = open_source(str(tmp_path / name), 8, captions=False)
+        assert said(source) == [("",)] * found
+        assert len(read_pictures(source, 8, tmp_path / "cache", workers=0, progress=False).keys) == found
+        with pytest.raises(ValueError, match=r"caption|texts or classes|cannot be used"):
+            read_pictures(open_source(str(tmp_path / name), 8), 8, tmp_path / "cache", workers=0, progress=False)
+        if name != "folder":
+            shards = open_shards(str(tmp_path / name), captions=False)
+            assert [row.captions for row, _ in shards.rows(0, [])] == [("",)] * found
+
+
+def test_a_disk_without_room_is_named_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fill(tmp_path, 1) / "0.txt").write_text("a")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=8 * 8 * 3 - 1))
+    with pytest.raises(ValueError, match=r"the decoded pictures need 0 MB, .*name another place with --cache"):
+        read_pictures(open_source(str(tmp_path), 8), 8, tmp_path / "cache", workers=0, progress=False)
+    assert not list((tmp_path / "cache").glob("pixels-*"))
 
 
 def test_all_kinds_of_files_are_found(tmp_path: Path) -> None:

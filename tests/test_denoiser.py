@@ -59,6 +59,16 @@ def test_the_target_is_what_turns_into_x0_and_back(schedule, prediction, d):
     torch.testing.assert_close(back, output, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("schedule", "prediction", "d"), [one for one in FITTING if one[1] != "sample"])
+def test_what_has_no_noise_stays_as_it_is(schedule, prediction, d):
+    class Clocked(Recorder):  # as real networks, it answers to the time, too
+        def forward(self, sample, timestep):
+            return super().forward(sample, timestep) + torch.cos(timestep).view(-1, 1, 1, 1)
+
+    x = draw(2, 2, 3, 3)
+    torch.testing.assert_close(Denoiser(Clocked(), schedule, prediction, d)(x, 0.0), x)
+
+
 def test_targets_are_the_papers_definitions():
     x0, noise = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1)
     sigma = torch.tensor([0.05, 0.6, 2.0, 12.0], dtype=torch.float64)

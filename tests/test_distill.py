@@ -13,9 +13,10 @@ from PIL import Image
 import train.ldm
 from conditioning.context import Context
 from pipelines import TextToImagePipeline
+from pipelines.files import read_json, write_json
 from pipelines.folder import load_model
 from tests.training import COLOURS, Killed, kill_at, state
-from train.distill import PRESETS, Config, main, unconditional
+from train.distill import PRESETS, Config, layout_of, main, unconditional
 from train.settings import Config as Settings
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -144,6 +145,24 @@ def test_students_on_other_paths_and_of_labels(
     pipe = TextToImagePipeline.from_pretrained(student, device="cpu")
     assert np.isfinite(pipe("a red square", output_type="np").images).all()
     assert not [str(w.message) for w in recwarn if "scheduler" in str(w.message)]
+
+
+def test_a_student_sees_what_its_teacher_saw(
+    model_folder: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    notes = read_json(folder / "atelier.json")
+    write_json(folder / "atelier.json", {**notes, "data": "pictograms:fox", "views": 3})
+    seen = []
+    monkeypatch.setattr(train.ldm, "main", lambda config, objective: seen.append((config.data, config.views)))
+    main(replace(config, data="", model=str(folder), output=tmp_path / "run"))
+    assert seen == [("pictograms:fox", 3)]
+
+
+def test_the_teacher_is_laid_out_as_its_student() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 1))
+    assert layout_of(network) == torch.contiguous_format
+    assert layout_of(network.to(memory_format=torch.channels_last)) == torch.channels_last  # type: ignore[call-overload]
 
 
 def test_a_teacher_of_unknown_data_is_asked_about(model_folder: Path, config: Config, tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ def test_samples_beside_training(
         assert 0.5 < spread["of_a_prompt"] / spread["of_its_drawings"] < 2
     assert near["copies_to_training"] < 1e-4  # nor hides a copy
     assert near["share_of_copies_nearer_than_1%_of_held_out"] == 1
-    assert near["pictures"] == {"samples": len(rows), "held_out": len(rows), "training": len(training)}
+    counts = {"samples": len(rows), "held_out": len(rows), "training": len(training), "copies": len(rows)}
+    assert near["pictures"] == counts
+    assert f"{len(rows)} of fresh drawings {near['held_out_hash']}; extractor {near['extractor']}]" in said
     assert json.loads(json.dumps(found)) == found
     with Image.open(tmp_path / "out" / "neighbours.png") as sheet:
         assert sheet.width > 500

@@ -25,7 +25,7 @@ from pipelines.files import save_network
 from tests.conftest import CAPTIONS, tiny_text_encoder
 from train.clip_model import load_clip, save_clip
 from train.data import to_unit
-from train.extractors import CLIP_MEAN, CLIP_STD, open_extractor
+from train.extractors import CLIP_MEAN, CLIP_STD, normal_of, open_extractor
 from train.recogniser import BEFORE_LOGITS, Recogniser, RecogniserConfig, load_recogniser
 
 CLIP = {
@@ -228,6 +228,16 @@ def test_a_safetensors_file_and_an_architecture_of_open_clip(tmp_path: Path) -> 
         open_extractor("ViT-B-32:nothing")
     with pytest.raises(ValueError, match="nowhere"):
         open_extractor("tiny-for-tests:nowhere.safetensors")
+
+
+def test_a_file_is_shown_pixels_as_all_weights_of_its_architecture_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for architecture, mean in (("ViT-B-32", CLIP_MEAN[0]), ("ViT-B-16-SigLIP", 0.5)):
+        normal = normal_of(architecture, open_clip.list_pretrained_tags_by_model(architecture))
+        assert normal["mean"][0] == pytest.approx(mean)
+    assert normal_of("tiny-for-tests", []) == {}  # that open_clip's own default is taken for
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda _, tag: {"mean": [len(tag)], "std": [1.0]})
+    with pytest.raises(ValueError, match=r"want pixels of different means.* give one of openai, mixed"):
+        normal_of("ViT-B-32", ["openai", "mixed"])
 
 
 @pytest.mark.parametrize(("weights", "quick"), [("openai", True), ("laion2b_s34b_b79k", False)])

@@ -91,5 +91,8 @@ def test_photos_are_turned_upright_and_what_is_clear_is_white(picture: Image.Ima
     lying.getexif()[0x0112] = 6  # "turn me clockwise"
     assert torch.equal(image_batch(lying, 1, 1, None, None, 1), image_batch(picture, 1, 1, None, None, 1))
     assert trained_sides(lying, 32, 4) == trained_sides(picture, 32, 4) == (40, 28)
+    assert trained_sides(lying, 32, 4, width=24) == (24, 16)  # the other side by the ratio, of 48×32
+    assert trained_sides(lying, 32, 4, height=24) == (36, 24)
+    assert trained_sides(lying, 32, 4, 20, 30) == (20, 30)
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert image_batch(clear, 1, 1, None, None, 1).min() == 1

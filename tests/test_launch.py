@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train.vae
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from pipelines import TextToImagePipeline
-from train.launch import memory_format
+from train.launch import memory_format, start
 from train.ldm import main
 from train.presets import PRESETS
 from train.state import checkpoints
@@ -59,6 +59,12 @@ def test_fewer_processes_than_asked_for_are_refused() -> None:
     assert "error: the launcher was asked for several processes and started one." in result.stderr
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 train/ldm.py" in result.stderr
     assert 'ldm.py", line' not in result.stderr  # a sentence, no traceback of ours
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ValueError, match="--tracker wandb is not installed: pip install wandb"):
+        start(log_with="wandb", project_dir=tmp_path)
 
 
 def test_what_the_launcher_and_the_environment_say_is_taken() -> None:

@@ -23,6 +23,7 @@ from train.clip_model import load_clip, save_clip
 from train.data import fit, to_unit
 from train.measure import Measuring, measure
 from train.metrics import Moments, frechet_distance
+from train.neighbours import in_words
 from train.recogniser import Recogniser, RecogniserConfig, load_recogniser
 from train.samples import NOISES, Painting, is_model
 from vae.autoencoder import Identity
@@ -300,6 +301,8 @@ def test_copies_of_the_training_set_are_found_out(measuring: Measuring, referenc
     assert (pixels[:, 4:68] == pixels[:, 72:136]).all()  # the sample, and its like in training
     known = measure(replace(how, reference=str(reference), out=tmp_path / "same"))["memorisation"]
     assert known["held_out_that_are_in_training"] == 20
+    assert known["share_of_samples_nearer_than_1%_of_held_out"] is None  # nothing tells how near is too near
+    assert "all of the reference are in the training set" in in_words(known, "the reference")[0]
     assert "copies_to_training" not in found  # of a folder: there is no autoencoder to bring copies through
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipelines import TextToImagePipeline
+from pipelines.device import as_many_as_fit
 from pipelines.folder import load_model
 
 PROMPTS = ["a red circle on a blue background", "an oil painting of a fox"]
@@ -125,6 +126,14 @@ def test_guidance_on_a_model_trained_without_dropout_warns(model_folder: Path) -
         ({"output_type": "gif"}, "pil"),
         ({"eta": 0.5, "sampler": "euler"}, "ddim"),
         ({"num_images_per_prompt": 0}, "at least 1"),
+        ({"num_images_per_prompt": 2.0}, r"num_images_per_prompt=2.0: expected a whole number"),
+        ({"steps": 20.0}, r"steps=20.0: expected a whole number"),
+        ({"height": 16.0}, r"height=16.0: expected a whole number"),
+        ({"seed": [3, 9]}, r"seed=\[3, 9\]: expected one number.*generator="),
+        ({"seed": "7"}, "seed='7': expected a whole number"),
+        ({"seed": 2**64}, "expected a number that has 64 bits"),
+        ({"generator": 0}, "generator=0: expected a torch.Generator, or a list"),
+        ({"generator": [1]}, r"generator=\[1\]: expected"),
         ({"negative_prompt": ["a", "b"]}, "negative"),
         ({"spacing": "odd"}, "spacing"),
         ({"strength": 0.5}, "none was given"),
@@ -139,6 +148,44 @@ def test_bad_calls_say_what_to_do(pipe: TextToImagePipeline, arguments: dict, wo
         pipe(PROMPTS[0], promt="a typo is not swallowed")
     with pytest.raises(TypeError):
         pipe(PROMPTS[0], 16, 16)  # everything but the prompt goes by its name
+
+
+def test_numbers_of_numpy_are_numbers(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    same = {"seed": 3, "steps": 2, "width": 16, "guidance_scale": 3.0}
+    other = {"seed": np.int64(3), "steps": np.int32(2), "width": np.int64(16), "guidance_scale": np.float32(3)}
+    one, two = (pipe(PROMPTS[0], **numbers).images[0] for numbers in (same, other))
+    assert np.array_equal(np.asarray(one), np.asarray(two))
+    two.save(tmp_path / "two.png")
+    with Image.open(tmp_path / "two.png") as saved:
+        settings = json.loads(saved.text["atelier"])  # type: ignore[attr-defined]
+    assert (settings["steps"], settings["guidance_scale"]) == (2, 3.0)
+
+
+def test_pictures_are_painted_as_many_at_a_time_as_fit() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def paint(first: int, pictures: int) -> list[int]:
+        asked.append((first, pictures))
+        if pictures > 3:
+            raise torch.OutOfMemoryError("no room\nfor so many")
+        return list(range(first, first + pictures))
+
+    assert list(as_many_as_fit(8, 8, paint)) == list(range(8))
+    assert asked == [(0, 8), (0, 4), (0, 2), (2, 2), (4, 2), (6, 2)]
+
+    def never(first: int, pictures: int) -> list[int]:
+        raise torch.OutOfMemoryError("no room\nfor one")
+
+    with pytest.raises(ValueError, match=r"too small for one picture \(no room\): ask for a smaller width"):
+        list(as_many_as_fit(8, 8, never))
+
+
+def test_data_types_go_by_their_names(model_folder: Path) -> None:
+    opened = TextToImagePipeline.from_pretrained(model_folder, device="cpu", dtype="float16")
+    assert opened.dtype == torch.float16
+    for name in ("half a byte", "int8", torch.int8):
+        with pytest.raises(ValueError, match="expected float32, bfloat16 or float16"):
+            TextToImagePipeline.from_pretrained(model_folder, device="cpu", dtype=name)
 
 
 def test_latents_have_no_seed_to_paint_from_again(pipe: TextToImagePipeline) -> None:

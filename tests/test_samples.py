@@ -16,11 +16,12 @@ import atelier
 import train.measure
 from pipelines import TextToImagePipeline
 from pipelines.files import save_network
+from pipelines.scheduler import sampler_of
 from tests.lora import factors
 from tests.test_bits import silent_model
 from train.measure import Measuring, measure
 from train.recogniser import Recogniser, RecogniserConfig
-from train.samples import NOISES, Painting, common_side, open_painter, paint_samples, read_samples
+from train.samples import NOISES, NOTES, Painting, common_side, open_painter, paint_samples, read_samples
 from vae.autoencoder import Identity
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -65,6 +66,34 @@ def test_seeds_share_no_noise(pipe: TextToImagePipeline, tmp_path: Path) -> None
         paint_samples(pipe, [""] * (NOISES + 1), tmp_path / "many", HOW, Accelerator())
     with pytest.raises(ValueError, match="--seed 99999999999999: expected less"):
         Painting(seed=99999999999999)
+
+
+def test_what_was_painted_with_is_noted(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    """As it was, and not as it was asked for: below 1 there is no guidance, and the sampler is the scheduler's."""
+    pipe.model.defaults = replace(pipe.model.defaults, sampler="")
+    paint_samples(pipe, ["a fox"], tmp_path / "told", replace(HOW, guidance=0.5, sampler=None), Accelerator())
+    notes = json.loads((tmp_path / "told" / NOTES).read_text())
+    assert (notes["guidance"], notes["sampler"]) == (1.0, sampler_of(pipe.model.scheduler))
+    silent = TextToImagePipeline.from_pretrained(silent_model(tmp_path / "model", Identity(3)), device="cpu")
+    paint_samples(silent, [""], tmp_path / "silent", replace(HOW, guidance=3.0), Accelerator())
+    assert json.loads((tmp_path / "silent" / NOTES).read_text())["guidance"] == 1.0
+    with pytest.raises(ValueError, match=r"painted otherwise \(for other prompts\): give another --out"):
+        paint_samples(silent, ["a fox"], tmp_path / "silent", replace(HOW, guidance=3.0), Accelerator(), reference="x")
+
+
+def test_bits_are_kept_while_pictures_are_painted(measuring: Measuring, tmp_path: Path, monkeypatch) -> None:
+    model = str(silent_model(tmp_path / "model", Identity(3)))
+    how = replace(measuring, model=model, metrics="fid,bpd", size=None)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.measure, "paint_samples", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure(how)
+    monkeypatch.undo()
+    monkeypatch.setattr(train.measure, "measure_bits", killed)  # which is not asked again
+    assert [one["metric"] for one in measure(how)["metrics"]] == ["frechet", "bpd"]
 
 
 def test_another_guidance_interval_is_another_painting(pipe: TextToImagePipeline, tmp_path: Path) -> None:
@@ -183,7 +212,7 @@ def test_captions_of_a_template_and_a_warning(measuring: Measuring, tmp_path: Pa
     rows = [json.loads(line) for line in (how.out / "samples" / "metadata.jsonl").read_text().splitlines()]
     assert {row["text"] for row in rows} <= {f"a photo of a {colour} circle" for colour in COLOURS}
     said = capsys.readouterr().out
-    assert "nearer than the nearest 1% of the reference are" in said
+    assert "all of the reference are in the training set, so that nothing tells how near is too near" in said
     assert "warning: 5 of 5 pictures of the reference are in the training set" in said
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from tests.sets import parquet, tars
 from tests.test_streams import feed, numbers
+from train.build import class_names
+from train.settings import Config
 from train.shards import Shards, open_shards
 
 pytestmark = pytest.mark.usefixtures("in_process", "own_datasets_cache")
@@ -59,6 +61,26 @@ def test_remote_paths(tmp_path: Path) -> None:
         assert rows[0].example().image.getpixel((0, 0))[0] == first
     fed = feed("memory://bucket/t", streaming=False)  # which a remote path is by itself
     assert sorted(numbers(fed.take(0, 0, 8, 8))) != []
+
+
+def test_classes_of_streams_are_those_of_their_tables(tmp_path: Path) -> None:
+    """--text-encoder labels: no stream is read for them, and where they are not listed only what lies here is."""
+    import datasets
+
+    remote = pytest.importorskip("fsspec").filesystem("memory")
+    pictures = datasets.load_dataset("parquet", data_files=str(parquet(tmp_path / "p", 1, 4) / "*"), split="train")
+    kinds = pictures.remove_columns("text").add_column("label", [2, 0, 0, 2])
+    kinds = kinds.cast_column("label", datasets.ClassLabel(names=["fox", "boat", "cat"]))
+    kinds.to_parquet(tmp_path / "kinds.parquet")
+    remote.pipe("/kinds/0.parquet", (tmp_path / "kinds.parquet").read_bytes())
+    remote.pipe("/told/0.parquet", (tmp_path / "p" / "000.parquet").read_bytes())
+    assert class_names(Config(data="memory://kinds/0.parquet")) == ["boat", "cat", "fox"]
+    assert class_names(Config(data=str(tmp_path / "kinds.parquet"))) == ["cat", "fox"]  # those that there are
+    numbers = [f"number {i}" for i in range(4)]
+    assert class_names(Config(data=str(tmp_path / "p"), streaming=True)) == numbers
+    assert class_names(Config(data=f"memory://kinds/0.parquet+{tmp_path / 'p'}")) == ["boat", "cat", "fox", *numbers]
+    with pytest.raises(ValueError, match=r"needs all classes before the first picture.*memory://told/0\.parquet"):
+        class_names(Config(data="memory://told/0.parquet"))
 
 
 def test_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

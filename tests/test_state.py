@@ -3,6 +3,7 @@
 import errno
 import itertools
 import pickle
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -190,6 +191,28 @@ def test_a_kill_while_writing_leaves_the_former_checkpoint(tmp_path: Path) -> No
     assert (found[0] / "weights.txt").read_text() == "whole"
     assert found[1]["x"] == 4
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-0000001", "checkpoint-0000002"]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleting takes its time, and comes when the new one is in place."""
+    settings = Settings(tmp_path)
+    save_checkpoint(tmp_path, 2, write, {"x": 1}, settings)
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, write, {"x": 2}, settings)
+    monkeypatch.undo()
+    found = resume(tmp_path, settings)
+    assert found is not None
+    assert found[1]["x"] == 2
+    save_checkpoint(tmp_path, 3, write, {"x": 3}, settings)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-0000002", "checkpoint-0000003"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Training CLIP: what it draws, what it learns, and that what it saves is the same model in everybody's hands."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train.clip
 from conditioning.clip import ClipTextEncoder
+from tests.test_drawn import needs_font
 from train.clip import Config, draw_pairs, jittered, main, retrieval
 from train.clip_model import export_text_tower, load_clip, tokenise
 from train.data import Pictures, read_pictures, to_unit
@@ -151,6 +153,23 @@ def test_a_killed_run_ends_with_the_same_bytes(config: Config, trained: Path, tm
         main(replace(short, output=tmp_path / "killed", learning_rate=1.0))
 
 
+def test_a_run_goes_on_with_the_same_pictures_alone(config: Config, folder: Path, tmp_path: Path) -> None:
+    """Another vocabulary would be learnt from other captions, and every token would mean another word."""
+    mine = shutil.copytree(folder, tmp_path / "pictures")
+    short = replace(config, data=str(mine), output=tmp_path / "run", updates=1, checkpoint_every=1)
+    main(short)
+    next(mine.glob("*.txt")).write_text("a fox")
+    with pytest.raises(ValueError, match="--data is not what this run was trained on"):
+        main(replace(short, workers=0))
+
+
+@needs_font
+def test_a_set_of_which_nothing_is_held_out(config: Config, tmp_path: Path, capsys) -> None:
+    short = replace(config, data="pictograms:fox,apple", batch_size=8, updates=1, measure_every=1)
+    main(replace(short, output=tmp_path))
+    assert "no picture is held out: retrieval is measured on training pictures" in capsys.readouterr().out
+
+
 def test_batches_hold_no_false_negatives() -> None:
     captions: list[tuple[str, ...]]
     captions = [(f"a {c} {s} on grey", f"a {c} {s}") for c in ("red", "blue") for s in "abcdefgh" for _ in range(3)]
@@ -173,6 +192,9 @@ def test_jitter_moves_and_scales() -> None:
     assert still is images
     same = jittered(images, 1e-9, torch.Generator())
     torch.testing.assert_close(same, images, atol=1e-5, rtol=1e-5)
+    shares = [jittered(images[r::2], 0.1, torch.Generator().manual_seed(2), r, 2) for r in range(2)]
+    whole = jittered(images, 0.1, torch.Generator().manual_seed(2))
+    assert all(share.equal(whole[r::2]) for r, share in enumerate(shares))  # of two processes as of one
     ramp = torch.linspace(-1, 1, 65).expand(64, 3, 65, 65)  # a picture whose value is the place itself, from the left
     moved = jittered(ramp, 0.1, torch.Generator().manual_seed(1))
     shift, slope = moved[:, 0, 32, 32], moved[:, 0, 32, 48] - moved[:, 0, 32, 16]
@@ -191,10 +213,11 @@ def test_jitter_moves_and_scales() -> None:
         ("text_width", 33),
         ("vision_layers", (1, 2)),
         ("size", 36),
+        ("clip", 0.0),
     ],
 )
 def test_bad_settings_are_refused(config: Config, field: str, value) -> None:
-    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} is"):
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')}( is|:? 0.0:)"):
         replace(config, **{field: value})
 
 

@@ -325,6 +325,9 @@ def test_a_loss_that_is_no_number_stops_the_run(
         ({"code_updates": -1}, "--code-updates is -1"),
         ({"checkpoint_every": 0}, "--checkpoint-every is 0"),
         ({"size": 0}, "--size is 0"),
+        ({"code_depth": 0}, "--code-depth is 0"),
+        ({"code_width": 0}, "--code-width is 0"),
+        ({"clip": 0.0}, "--clip 0.0: expected above 0"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
@@ -339,6 +342,7 @@ def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
         ({"vae": "nowhere"}, "nowhere.*missing"),
         ({"size": 18, "vae": "MODEL"}, "--size 18: expected a multiple of 4"),
         ({"prediction": "velocity"}, "expected scaled_linear"),
+        ({"steps": 1001, "path": "flow", "prediction": "velocity"}, "1001"),  # and not at the first checkpoint
         (
             {"unet": replace(UNET, down_block_types=("DownBlock2D",) * 2, mid_block_type="UNetMidBlock2D",
                              up_block_types=("UpBlock2D",) * 2)},

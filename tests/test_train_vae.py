@@ -18,7 +18,7 @@ from pipelines.files import load_autoencoder
 from train.data import read_pictures, to_unit
 from train.sources import open_source
 from train.state import checkpoints
-from train.vae import TINY, Config, crops, main, new_autoencoder, normalise_latents, paint_samples, reconstruct
+from train.vae import PRESETS, TINY, Config, crops, main, new_autoencoder, normalise_latents, paint_samples, reconstruct
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 from vae.losses import LossWeights
 
@@ -264,17 +264,42 @@ def test_fine_tuning_starts_from_an_autoencoder(
     trained: tuple[Path, list[dict]], config: Config, tmp_path: Path
 ) -> None:
     before = load_autoencoder(trained[0])
-    output, numbers = run(replace(config, init=trained[0], model=TINY, learning_rate=1e-9), tmp_path)
+    output, numbers = run(replace(config, init=str(trained[0]), model=TINY, learning_rate=1e-9), tmp_path)
     data = pixels(config)
     assert numbers[-1]["psnr"] == pytest.approx(reconstruct(before, data, torch.device("cpu"))[1], abs=0.05)
     assert load_autoencoder(output).config == before.config
+
+
+def test_fine_tuning_takes_the_size_of_what_it_begins_with(
+    trained: tuple[Path, list[dict]], config: Config, tmp_path: Path
+) -> None:
+    tuned = replace(PRESETS["fine-tune"], data=config.data, cache=config.cache, workers=0, init=str(trained[0]))
+    output, _ = run(replace(tuned, crop=8, updates=1, batch_size=2), tmp_path)
+    saved = json.loads((checkpoints(output)[-1] / "training" / "config.json").read_text())
+    assert (saved["size"], saved["learning_rate"]) == (16, 1e-4)
+    with pytest.raises(ValueError, match="--crop 64 is larger than --size 16"):
+        run(replace(tuned, updates=1), tmp_path / "too-large")
+
+
+def test_pictures_need_no_captions_but_stay_the_same(config: Config, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in Path(config.data).glob("*.png"):
+        (bare / file.name).write_bytes(file.read_bytes())
+    short = replace(config, data=str(bare), updates=1)
+    run(short, tmp_path / "run")
+    (bare / "0.txt").write_text("a caption, which nobody reads")
+    run(replace(short, updates=2), tmp_path / "run")
+    (bare / "39.png").unlink()
+    with pytest.raises(ValueError, match="--data is not what this run was trained on: pictures or captions were added"):
+        run(replace(short, updates=3), tmp_path / "run")
 
 
 def test_a_decoder_alone_leaves_the_latents_as_they_are(
     trained: tuple[Path, list[dict]], config: Config, tmp_path: Path
 ) -> None:
     before = load_autoencoder(trained[0])
-    output, _ = run(replace(config, init=trained[0], model=TINY, decoder_only=True), tmp_path)
+    output, _ = run(replace(config, init=str(trained[0]), model=TINY, decoder_only=True), tmp_path)
     after = load_autoencoder(output)
     images = to_unit(pixels(config)[:4])
     one, other = before.encode(images), after.encode(images)
@@ -344,8 +369,13 @@ def test_the_perceptual_loss_goes_where_the_pictures_are(
         ({"size": 17}, "--size 17.*expected multiples of 2"),  # which would show at the first checkpoint only
         ({"model": replace(MODEL, use_quant_conv=False)}, "use_quant_conv"),
         ({"data": "nowhere"}, "'nowhere' does not exist"),
-        ({"init": Path("nowhere"), "model": TINY}, "nowhere.*missing"),
-        ({"init": Path("nowhere")}, "--init nowhere brings its own --model"),
+        ({"init": "nowhere", "model": TINY}, "nowhere.*missing"),
+        ({"init": "nowhere"}, "--init nowhere brings its own --model"),
+        ({"init": "none", "model": TINY}, "--init none has no weights"),
+        ({"clip": 0.0}, "--clip 0.0: expected above 0"),
+        ({"size": None}, "--size is missing"),
+        ({"loss": LossWeights(0, 0, 0, 1)}, "--loss has no weight for how near"),
+        ({"loss": LossWeights(0, 0, 0, 0, halved=0.5, elbo=1)}, "--loss.halved is of"),
     ],
 )
 def test_runs_that_make_no_sense_are_refused(config: Config, tmp_path: Path, settings: dict, words: str) -> None:

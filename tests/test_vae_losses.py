@@ -153,6 +153,41 @@ def test_adaptive_weight_by_hand():
     (reconstruction + weight * adversarial).backward()  # the graph is still there
 
 
+def test_processes_together_weigh_as_one_alone():
+    """What the whole batch decides (the adaptive weight, the bound's variance) is the same of its halves."""
+    torch.manual_seed(0)
+    last = nn.Parameter(torch.randn(3, 5))
+    x, y = torch.randn(8, 5), torch.randn(8, 3)
+
+    def losses(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        out = x[rows] @ last.T
+        return (out - y[rows]).square().mean(), out.sin().mean()
+
+    whole = adaptive_weight(*losses(slice(0, 8)), last)
+    parts: list[torch.Tensor] = []  # gradients of the first half, then of the second
+    for half in (slice(0, 4), slice(4, 8)):
+        adaptive_weight(*losses(half), last, mean=lambda g: parts.append(g) or g)  # type: ignore[func-returns-value]
+    others = iter((parts[2], parts[3]))
+    shared = adaptive_weight(*losses(slice(0, 4)), last, mean=lambda g: (g + next(others)) / 2)
+    torch.testing.assert_close(shared, whole)
+    scaled = adaptive_weight(*losses(slice(0, 8)), last, scale=1024.0)
+    torch.testing.assert_close(scaled, whole)
+
+    output, target = torch.rand(4, 3, 8, 8, requires_grad=True), torch.rand(4, 3, 8, 8)
+    posterior = Posterior(torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4, 4))
+    (alone,) = torch.autograd.grad(elbo_loss(output, target, posterior).mean(), output)
+    variance = (output.detach() - target).square().mean()
+    halves = []
+    for half in (slice(0, 2), slice(2, 4)):
+        part = Posterior(posterior.mean[half], posterior.logvar[half])
+        halves.append(elbo_loss(output[half], target[half], part, lambda _: variance).mean())
+    (together,) = torch.autograd.grad(sum(halves) / 2, output)
+    torch.testing.assert_close(together, alone)
+    error = (output - target).square().flatten(1).mean(1)  # with the variance as a function of the pictures
+    (free,) = torch.autograd.grad((error / error.mean() + error.mean().log()).mean() / 2, output)
+    torch.testing.assert_close(alone, free)
+
+
 def test_adaptive_weight_makes_both_pull_equally_at_the_decoder():
     torch.manual_seed(0)
     model = Autoencoder(AutoencoderConfig(block_out_channels=(8, 8), norm_num_groups=4))

@@ -18,10 +18,12 @@ from ldm.transformer import PictureTransformer
 from ldm.unet import UNet, UNetConfig
 from pipelines.files import load_autoencoder, newest
 from pipelines.folder import Defaults, Model, find_model, load_conditioner, load_model, scheduler_config
+from train.captions import clean
 from train.launch import matrix_type, sharding
 from train.muon import BETAS, Muon
 from train.settings import Config
-from train.sources import first_captions, open_source
+from train.shards import open_shards
+from train.sources import first_captions, is_remote, open_source, split_parts
 from vae.autoencoder import Autoencoder, Identity
 
 
@@ -57,9 +59,7 @@ def _build(config: Config, checkpoint: Path | None) -> Model:
     vae = open_autoencoder(config.vae)
     conditioner: Labels | Unconditional | ClipTextPair
     if config.text_encoder == "labels":
-        conditioner = Labels(
-            sorted(first_captions(open_source(config.data, 32, font=config.font, template=config.template)))
-        )
+        conditioner = Labels(class_names(config))
     elif config.text_encoder == "none":
         conditioner = Unconditional()
     else:
@@ -154,6 +154,25 @@ def own_size(vae: Autoencoder | Identity) -> int:
     """The side in pixels of the pictures that an autoencoder was trained on; 32 without one."""
     own = 32 if isinstance(vae, Identity) else vae.config.sample_size
     return own if isinstance(own, int) else max(own)
+
+
+def class_names(config: Config) -> list[str]:
+    """What --text-encoder labels tells apart, sorted; of streams what their tables list, for they are not read twice.
+
+    Raises ValueError where a stream from elsewhere lists no classes."""
+    names: set[str] = set()
+    for _, part in split_parts(config.data):
+        shards = open_shards(part, config.template) if config.streaming or is_remote(part) else None
+        if shards and shards.classes:
+            names |= set(clean(shards.classes))
+        elif shards and not shards.on_disk:
+            raise ValueError(
+                f"--text-encoder labels needs all classes before the first picture, and the stream {part!r} lists none "
+                "(a ClassLabel column would): copy it to this machine, or take a text encoder"
+            )
+        else:
+            names |= first_captions(open_source(part, 32, font=config.font, template=config.template))
+    return sorted(names)
 
 
 def fitted(

@@ -37,11 +37,14 @@ class Config:
 def main(config: Config) -> None:
     """Writes the folder and says how large it is; what was there before is replaced, but for README.md.
 
-    Raises ValueError for runs that are none, and leaves the folder as it was.
+    Raises ValueError for runs that are none, or where a folder that is no model would be replaced, and leaves it as it
+    was.
     """
     for run in filter(None, (config.model, config.clip, config.student)):
         if run.resolve().is_relative_to(config.out.resolve()):
             raise ValueError(f"--out {config.out} would be replaced, and {run} is in it: name another")
+    if config.out.exists() and not (config.out / "atelier.json").is_file() and any(config.out.iterdir()):
+        raise ValueError(f"--out {config.out} would be replaced, and is no model's folder: name a new one")
     model, stem = load_model(config.model), WEIGHTS.removesuffix(".safetensors")
     clip = config.clip / "clip"
     read_json(clip / CONFIG)  # or an error that says what is missing
@@ -69,9 +72,12 @@ def main(config: Config) -> None:
     files = [file for file in aside.rglob("*") if file.is_file()]
     for file in files:
         file.chmod(0o644)  # safetensors lets only the owner read
+    before = config.out.with_name(f".{config.out.name}.before.partial")
+    shutil.rmtree(before, ignore_errors=True)
     if config.out.is_dir():
-        shutil.rmtree(config.out)
+        config.out.rename(before)
     aside.rename(config.out)
+    shutil.rmtree(before, ignore_errors=True)
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     print(f"{config.out}: {size:,} bytes, {size / 2**20:.1f} MiB")
 

@@ -146,13 +146,14 @@ def open_cache(
     Raises ValueError when more pictures than `train.pictures.MAX_UNUSABLE` of a part are broken or without a caption,
     or when the disk has no room for what is to be written.
     """
-    weights, hashes = weights_digest(vae), FileHashes(folder)
+    weights = weights_digest(vae)
     parts, jobs, begin = [], [], 0
     cached = Cached()
     for part, _ in parts_of(source):
         of_part: list[Side] = list(sides[begin : begin + len(part)]) if sides is not None else [size] * len(part)
         transform = str(size) if sides is None else f"{size} in buckets"
-        cached.contents.append(part.fingerprint(hashes))
+        with accelerator.main_process_first():  # whose hashes of the files the others then find in the cache
+            cached.contents.append(part.fingerprint(FileHashes(folder)))
         place = folder / f"latents-{digest(cached.contents[-1], transform, weights, FORMAT)}"
         shards = [_shard(place, of_part, s, sides is not None) for s in range(-(-len(part) // SHARD))]
         parts.append((part, begin, shards))

@@ -66,6 +66,8 @@ class Config:
         for name in ("updates", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+        if not self.clip > 0:
+            raise ValueError(f"--clip {self.clip}: expected above 0, inf for no limit")
         if self.size is not None and self.size < 1:
             raise ValueError(f"--size is {self.size}: expected at least 1")
 

@@ -75,6 +75,8 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
         if self.batch_size < 2:
             raise ValueError(f"--batch-size is {self.batch_size}: expected at least 2, a caption to tell from another")
+        if not self.clip > 0:
+            raise ValueError(f"--clip {self.clip}: expected above 0, inf for no limit")
         if not 514 <= self.vocabulary <= 4000:
             raise ValueError(f"--vocabulary is {self.vocabulary}: expected 514 (every byte, start and end) to 4000")
         if self.context_length < 3:
@@ -117,17 +119,17 @@ def draw_pairs(pictures: Pictures, size: int, *numbers: int, fullest: bool = Fal
     take a true pair for a wrong one. fullest: always a picture's first caption, instead of any.
     """
     draws = generator(*numbers)
-    order = torch.randperm(len(pictures.captions), generator=draws).tolist()
-    choice = torch.rand(len(order), generator=draws).tolist()
+    order = torch.randperm(len(pictures.captions), generator=draws).numpy()  # of which few are looked at
+    choice = torch.rand(len(order), generator=draws).numpy()
     pairs: list[tuple[int, str]] = []
     alike: list[tuple[int, str]] = []
     chosen: set[str] = set()
     borne: set[str] = set()
-    for i in order:
+    for i in map(int, order):
         if len(pairs) == size:
             break
         captions = pictures.captions[i]
-        caption = captions[0 if fullest else int(choice[i] * len(captions))]
+        caption = captions[0 if fullest else int(float(choice[i]) * len(captions))]
         if caption in borne or not chosen.isdisjoint(captions):
             alike.append((i, caption))
             continue
@@ -137,11 +139,14 @@ def draw_pairs(pictures: Pictures, size: int, *numbers: int, fullest: bool = Fal
     return pairs + alike[: size - len(pairs)]
 
 
-def jittered(images: Tensor, amount: float, draws: torch.Generator) -> Tensor:
-    """[B, 3, H, W], each picture moved and scaled by up to `amount` of its side; its border is drawn out."""
+def jittered(images: Tensor, amount: float, draws: torch.Generator, rank: int = 0, processes: int = 1) -> Tensor:
+    """[B, 3, H, W], each picture moved and scaled by up to `amount` of its side; its border is drawn out.
+
+    rank, processes: which share of the whole batch these are, every one of which has its own draws."""
     if not amount:
         return images
-    scale, x, y = amount * (2 * torch.rand(3, len(images), generator=draws) - 1)
+    every = torch.rand(3, len(images) * processes, generator=draws)
+    scale, x, y = amount * (2 * every[:, rank::processes] - 1)
     zero = torch.zeros_like(scale)
     # Rows of [2, 3] maps from places in the new picture to places in the old one, which both run from -1 to 1.
     maps = torch.stack([1 + scale, zero, 2 * x, zero, 1 + scale, 2 * y], dim=1).view(-1, 2, 3)
@@ -163,8 +168,10 @@ def main(config: Config) -> Path:
     if config.batch_size % processes:
         raise ValueError(f"--batch-size is {config.batch_size}: expected a multiple of the {processes} processes")
 
+    found = resume(config.output, config, may_change=("workers", "cache", "font", "measure_every"))
+
     # Drawn sets hold pictures out, which are measured; of other data, the same are trained on and measured.
-    with accelerator.local_main_process_first():
+    with accelerator.main_process_first():
         sources = [
             open_source(config.data, config.size, split=split, font=config.font, views=config.views)
             for split in ("train", "held_out")
@@ -178,6 +185,9 @@ def main(config: Config) -> Path:
             f"--data {config.data} holds {count} pictures, fewer than --batch-size {config.batch_size}: set it to "
             f"{count} or less"
         )
+    if not unseen.keys:  # of so few drawn objects no pair is held out
+        accelerator.print("no picture is held out: retrieval is measured on training pictures")
+        unseen = pictures
     exam = draw_pairs(unseen, min(256, len(unseen.keys)), config.seed, -1, fullest=True)
 
     captions = sorted({caption for group in pictures.captions for caption in group})
@@ -200,10 +210,12 @@ def main(config: Config) -> Path:
         lr=config.learning_rate,
         betas=(0.9, 0.98),
         eps=1e-6,
+        fused=True,
     )
     update = 0
-    if found := resume(config.output, config, may_change=("workers", "cache", "font", "measure_every")):
+    if found:
         folder, state = found
+        pictures.refuse_others(state)  # another vocabulary would be learnt from them
         update = state["update"]
         network.load_state_dict(load_file(folder / "clip" / WEIGHTS))
         optimizer.load_state_dict(state["optimizer"])
@@ -224,8 +236,8 @@ def main(config: Config) -> Path:
             group["lr"] = rate
         # Each process draws the whole batch and takes its share: their number changes no batch.
         pairs = draw_pairs(pictures, config.batch_size, config.seed, update)
-        images = to_unit(pictures.pixels[[i for i, _ in pairs]])
-        images = jittered(images, config.jitter, generator(config.seed, update, 1))[rank::processes]
+        images = to_unit(pictures.pixels[[i for i, _ in pairs[rank::processes]]])
+        images = jittered(images, config.jitter, generator(config.seed, update, 1), rank, processes)
         ids = tokenise(tokenizer, [caption for _, caption in pairs[rank::processes]], config.context_length)
 
         model.train()
@@ -260,7 +272,7 @@ def main(config: Config) -> Path:
         if due:
             if accelerator.is_main_process:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler else None  # of fp16
-                state = {"optimizer": optimizer.state_dict(), "scaler": scaler}
+                state = {"optimizer": optimizer.state_dict(), "scaler": scaler, "data": pictures.contents}
                 save_checkpoint(
                     config.output, done, lambda f: save_clip(f, network, arguments, tokenizer), state, config
                 )

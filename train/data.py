@@ -3,14 +3,16 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -133,12 +135,22 @@ class Pictures(NamedTuple):
     pixels: torch.Tensor  # uint8 [N, size, size, 3], mapped from the disk
     captions: list[tuple[str, ...]]
     keys: list[str]
+    contents: str = ""  # fingerprint of the source
+
+    def refuse_others(self, state: Mapping[str, Any]) -> None:
+        """ValueError where a run was of other pictures: it would go on in another order, with other ones held out."""
+        if state.get("data", self.contents) != self.contents:  # checkpoints had none at first
+            raise ValueError(
+                "--data is not what this run was trained on: pictures or captions were added, removed or changed. Put "
+                "back what was there, and type the same command again; or begin a new run with another --output"
+            )
 
 
 def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, progress: bool = True) -> Pictures:
     """Decodes a source once and maps it from `cache` ever after; keyed by content and size."""
     refuse_numbers(source)
-    stem = cache / f"pixels-{digest(source.fingerprint(FileHashes(cache)), str(size))}"
+    contents = source.fingerprint(FileHashes(cache))
+    stem = cache / f"pixels-{digest(contents, str(size))}"
     pixel_file, caption_file = stem.with_suffix(".npy"), stem.with_suffix(".json")
     remove_dead(cache)
     if not caption_file.exists():  # written last: its presence says that the pixels are whole
@@ -147,24 +159,33 @@ def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, p
         keys: list[str] = []
         unusable: list[tuple[str, str]] = []
         name = "reading pictures" if progress else None
-        with written_aside(pixel_file) as partial:
-            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(source), size, size, 3))
+        shape = (len(source), size, size, 3)
+        needed, free = math.prod(shape) / 1e6, shutil.disk_usage(cache).free / 1e6
+        if needed > free:
+            raise ValueError(
+                f"the decoded pictures need {needed:,.0f} MB, and the disk of {cache} has {free:,.0f} MB free: name "
+                "another place with --cache, or make room"
+            )
+        # Written, not mapped: a mapped file that the disk has no room for ends the program without a word.
+        with written_aside(pixel_file) as partial, open(partial, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            begin = file.tell()
             for batch in read(source, size, range(len(source)), batch=64, workers=workers, progress=name):
                 for loaded in batch:
                     if loaded.pixels is None or loaded.error:
                         unusable.append((loaded.key, loaded.error))
                         continue
-                    pixels[len(keys)] = loaded.pixels
+                    file.write(loaded.pixels.tobytes())
                     captions.append(loaded.captions)
                     keys.append(loaded.key)
             refuse_unusable(unusable, len(source))
-            pixels.flush()
+            file.truncate(begin + math.prod(shape))  # as the header says; those left out lack at its end
         with written_aside(caption_file) as partial:
             partial.write_text(json.dumps({"captions": captions, "keys": keys}))
     said = json.loads(caption_file.read_text())
     # Copy-on-write, so that torch gets memory that it may call writable.
     mapped = torch.from_numpy(np.load(pixel_file, mmap_mode="c"))[: len(said["keys"])]
-    return Pictures(mapped, [tuple(c) for c in said["captions"]], said["keys"])
+    return Pictures(mapped, [tuple(c) for c in said["captions"]], said["keys"], contents)
 
 
 @contextlib.contextmanager

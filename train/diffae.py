@@ -80,9 +80,12 @@ class Config:
     font: str | None = None  # the colour emoji font's file, for pictograms
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "checkpoint_every", "steps", "views", "code_updates"):
+        of_codes = ("code_width", "code_depth", "code_updates")
+        for name in ("updates", "batch_size", "checkpoint_every", "steps", "views", *of_codes):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+        if not self.clip > 0:
+            raise ValueError(f"--clip {self.clip}: expected above 0, inf for no limit")
         if self.size is not None and self.size < 1:
             raise ValueError(f"--size is {self.size}: expected at least 1")
 
@@ -174,14 +177,14 @@ def rehearse(model: Model, shown: Shown, config: Config, state: dict[str, Any]) 
 @torch.no_grad()
 def finish(model: Model, config: Config, update: int, state: dict[str, Any], pixels: Tensor, rows: Tensor) -> None:
     """Trains the diffusion of the codes, writes the checkpoint again with it, and paints a sheet of new pictures."""
-    pipe = DiffusionAutoencoderPipeline(model)
-    semantic = torch.cat([pipe.encoder.encode(to_unit(pixels[part]).to(pipe.device)) for part in rows.split(256)])
+    pipe, parts = DiffusionAutoencoderPipeline(model), rows.split(config.batch_size)
+    semantic = torch.cat([pipe.encoder.encode(to_unit(pixels[part]).to(pipe.device)) for part in parts])
     with torch.enable_grad():
         model.codes = train_codes(
             semantic, width=config.code_width, depth=config.code_depth, updates=config.code_updates, seed=config.seed
         )
-    save_checkpoint(config.output, update, lambda folder: save_model(model, folder), state, config)
     grid(pipe.sample(32, seed=0), columns=8).save(config.output / "samples" / f"{update:07d}-new.png")
+    save_checkpoint(config.output, update, lambda folder: save_model(model, folder), state, config)
 
 
 def main(config: Config) -> Path:
@@ -193,11 +196,17 @@ def main(config: Config) -> Path:
     for part in model.parts():
         part.to(device).to(memory_format=layout)
 
-    source = open_source(config.data, model.size, font=config.font, views=config.views)
+    DiffusionAutoencoderPipeline(model).levels()
+    global_batch = config.batch_size * accelerator.num_processes
+    free = ("workers", "cache", "checkpoint_every", "updates", "batch_size")
+    found = resume(config.output, config, may_change=free, global_batch=global_batch)
+
+    source = open_source(config.data, model.size, font=config.font, views=config.views, captions=False)
     accelerator.print(describe(source, model.size))
     latents = cache_latents(source, model.vae, model.size, config.cache, accelerator, config.workers)
     with accelerator.main_process_first():
-        pixels = read_pictures(source, model.size, config.cache, workers=config.workers).pixels
+        pictures = read_pictures(source, model.size, config.cache, workers=config.workers)
+    pixels = pictures.pixels
     assert len(pixels) == len(latents.mean)
     order = permutation(len(pixels), config.seed, -1)
     held = min(256, len(pixels) // 20) if len(pixels) >= 100 else 0
@@ -213,10 +222,10 @@ def main(config: Config) -> Path:
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
     ema = EMA(networks, config.ema_decay)
     optimizer: torch.optim.Optimizer = Muon(networks, config.learning_rate, dtype=matrix_type(accelerator))
-    update, global_batch = 0, config.batch_size * accelerator.num_processes
-    free = ("workers", "cache", "checkpoint_every", "updates", "batch_size")
-    if found := resume(config.output, config, may_change=free, global_batch=global_batch):
+    update = 0
+    if found:
         folder, state = found
+        pictures.refuse_others(state)
         update = state["update"]
         networks.load_state_dict(state["networks"])
         ema.load(state["ema"])
@@ -233,7 +242,8 @@ def main(config: Config) -> Path:
         raw = {name: value.clone() for name, value in networks.state_dict().items()}
         kept = {"networks": raw, "ema": [average.clone() for average in ema.weights]}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None  # of fp16
-        return {**kept, "optimizer": optimizer.state_dict(), "scaler": scaler, "global_batch": global_batch}
+        about = {"scaler": scaler, "global_batch": global_batch, "data": pictures.contents}
+        return {**kept, "optimizer": optimizer.state_dict(), **about}
 
     networks.eval()  # there is no dropout and no batch normalisation: it is the same in training
     if update == 0 and accelerator.is_main_process:

@@ -20,7 +20,8 @@ from typing import Any
 if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 import train.ldm
 from conditioning.context import Unconditional
@@ -36,6 +37,7 @@ from pipelines.folder import Model, load_model
 from train import settings
 from train.config import parse
 from train.objective import Objective
+from train.presets import check_model_settings
 
 SAMPLER = "ddim"  # over trailing steps, the first of which begins at the last row of the table
 
@@ -98,8 +100,13 @@ def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Object
         if student.learned_variance:
             raise ValueError(f"--model {config.model} has a learned variance, which a student has no use for")
         teacher = load_model(config.model)
-        device = next(student.unet.parameters()).device
-        teacher.unet.to(device).requires_grad_(False).eval()
+        denoiser, defaults = teacher.denoiser, teacher.defaults
+        told = not isinstance(teacher.conditioner, Unconditional)
+        del teacher  # its autoencoder and text encoder are the student's, too
+        denoiser.network.to(next(student.unet.parameters()).device).to(memory_format=layout_of(student.unet))
+        denoiser.requires_grad_(False).eval()
+        if config.compile:
+            denoiser.network = torch.compile(denoiser.network)  # type: ignore[assignment]
         student.scheduler = {**student.scheduler, "timestep_spacing": "trailing"}
         steps, schedule = config.steps or 1, student.schedule
         if isinstance(schedule, VariancePreserving):
@@ -110,19 +117,23 @@ def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Object
             grid = SAMPLERS[SAMPLER].grid_for(schedule, spacing="trailing")
             levels = subdivided(step_grid(schedule, steps, grid), config.substeps, schedule.sigma_min)
         segments = Segments(levels, config.substeps)
-        defaults = teacher.defaults
         scale = defaults.guidance_scale if config.teacher_guidance is None else config.teacher_guidance
-        scale = 1.0 if isinstance(teacher.conditioner, Unconditional) else max(1.0, scale)
+        scale = max(1.0, scale) if told else 1.0
 
         def guided(x: Tensor, sigma: Tensor, context: Context) -> Tensor:
             null = context if scale == 1 else unconditional(contexts, context, len(x))
-            return classifier_free(teacher.denoiser, context, null, scale, interval=defaults.guidance_interval)(
-                x, sigma
-            )
+            return classifier_free(denoiser, context, null, scale, interval=defaults.guidance_interval)(x, sigma)
 
         return Objective(segments.sigma, ConsistencyLoss(guided, segments), Plain(student.denoiser))
 
     return objective
+
+
+def layout_of(network: nn.Module) -> torch.memory_format:
+    """Of a network's convolutions in memory."""
+    last = (w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in network.parameters()
+            if w.ndim == 4)  # fmt: skip
+    return torch.channels_last if any(last) else torch.contiguous_format
 
 
 def unconditional(contexts: Callable[[list[str]], Context], context: Context, count: int) -> Context:
@@ -145,14 +156,17 @@ def main(config: Config) -> Path:
         raise ValueError(f"a student has a loss and noise levels of its own: leave out {flags}")
     if not config.data:
         notes = find_model(config.model) / "atelier.json"
-        if not (data := read_json(notes).get("data") if notes.is_file() else ""):
+        seen = read_json(notes) if notes.is_file() else {}
+        if not seen.get("data"):
             raise ValueError(f"--model {config.model} does not say what it was trained on: give --data")
-        config = replace(config, data=data)
+        config = replace(config, data=seen["data"], views=max(config.views, seen.get("views", 1)))
     return train.ldm.main(config, distilling(config))
 
 
 if __name__ == "__main__":
     try:
-        main(parse(Config, PRESETS, default="student"))
+        given = parse(Config, PRESETS, default="student")
+        check_model_settings(given, sys.argv)
+        main(given)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -42,6 +42,7 @@ SIDE = 32  # pixels at which pictures are compared
 PLACEMENTS = (10_001, 10_002)  # seeds of the candidates' drawings
 UNSEEN = 20_001  # first of those of drawings that stand for real pictures which no model was trained on
 SPLITS = ("train", "held_out")
+PAINTED = "pictograms"  # the folder in OUT; "samples" is that of pictures for a --reference
 RECONSTRUCTED = 240  # fresh drawings that the autoencoder is asked for
 ALIKE, EACH = 8, 6  # prompts whose samples are compared with one another, and how many of each
 
@@ -176,7 +177,7 @@ def beside_training(
     apart, drawings = (diversity(opened(pictures, some).features(), some)[0] for pictures in (alike, drawn))
     if not accelerator.is_main_process:
         return {}
-    near = memorisation(ours, theirs, training, out / "neighbours.png", learnt)
+    near = memorisation(ours, theirs, training, out / "neighbours.png", learnt, f"{judge}, {extractor.digest}")
     spread = {"of_a_prompt": apart, "of_its_drawings": drawings, "prompts": len(rows[:ALIKE]), "each": EACH}
     for line in in_words(near, "fresh drawings"):
         print(line)
@@ -210,7 +211,7 @@ def evaluate(
     lora_weight: Sequence[float] = (1.0,),
 ) -> dict:
     """Paints `prompts` training pairs and half as many held-out ones, judges them, and writes figures and sheets. The
-    pictures are kept in `out`/samples (`train.samples.paint_samples`).
+    pictures are kept in `out`/pictograms (`train.samples.paint_samples`); with more prompts the first ones stay.
 
     Returns what evaluation.json says of these pictures: the shares of right objects, the misses, the autoencoder's
     PSNR, the settings; with a judge the shares that it finds right, and what `beside_training` says.
@@ -230,8 +231,10 @@ def evaluate(
     network = open_pictogram_judge(judge, objects) if judge else None
     out.mkdir(parents=True, exist_ok=True)
 
+    known = digest(*objects, str(seed))  # from which rows are drawn: of fewer prompts they are the first ones
+
     def painted(name: str, asked: list[str]) -> list[Image.Image]:
-        source = paint_samples(pipe, asked, out / "samples" / name, how, accelerator, reference=digest(*asked))
+        source = paint_samples(pipe, asked, out / PAINTED / name, how, accelerator, reference=known)
         return [source[i].image for i in range(len(source))]
 
     result: dict = {"model": str(model), "objects": len(objects), "seed": seed, "judge": "nearest in 32×32 pixels"}
@@ -242,7 +245,7 @@ def evaluate(
             say(f"{split} pairs: there are none of these {len(objects)} objects")
             continue
         asked = [captions(*row[:3])[0] for row in rows]
-        there, began = any((out / "samples" / split).glob("*.png")), time.perf_counter()
+        there, began = any((out / PAINTED / split).glob("*.png")), time.perf_counter()
         images = painted(split, asked)
         seconds = None if there else (time.perf_counter() - began) / count  # of all that were painted now
         found = all_nearest(images, rows, objects, font)
@@ -255,7 +258,7 @@ def evaluate(
         result[split] |= {"seconds_per_picture": seconds, "pairs": pairs}
         if seconds:
             result[split]["processes"] = accelerator.num_processes
-        result[split]["painted"] = json.loads((out / "samples" / split / NOTES).read_text())
+        result[split]["painted"] = json.loads((out / PAINTED / split / NOTES).read_text())
         of = f"{count} prompts of {pairs} pairs"
         say(f"{split}: {in_percent(result[split])} of {of} closest to their own object")
         if network and judge:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from conditioning.open_clip import open_model
 from ldm.classifier import NoisyClassifier
 from pipelines.classifier import load_classifier
+from pipelines.device import exact_float32
 from pipelines.files import newest, read_json
 from pipelines.find import BUNDLED
 from train.cache import weights_digest
@@ -81,6 +82,7 @@ class Extractor:
         return self.name.partition(":")[0] == INCEPTION
 
     @torch.no_grad()
+    @exact_float32()  # features are kept, and compared with those of other devices
     def __call__(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """Square pictures, uint8 [side, side, 3] each -> [B, d] float32, on the CPU."""
         device = next(self.network.parameters()).device
@@ -271,7 +273,7 @@ def _open_clip(name: str, architecture: str, weights: str) -> Extractor:
     except Exception as error:  # of the network, the hub, the file
         raise ValueError(f"--extractor {name}: {type(error).__name__}: {error}. {HERE}") from None
     tokenizer, side = open_clip.get_tokenizer(architecture), model.visual.image_size
-    said = open_clip.get_model_preprocess_cfg(model)
+    said = open_clip.get_model_preprocess_cfg(model) | normal_of(architecture, tags if weights not in tags else [])
     normal = _normaliser(said["mean"], said["std"])
     side = side[0] if isinstance(side, tuple) else side
 
@@ -288,6 +290,22 @@ def _open_clip(name: str, architecture: str, weights: str) -> Extractor:
         told = told | {"quick_gelu": True}
     reads = (told, said["mean"], said["std"], side)
     return Extractor(name, model, side, lambda pixels: model.encode_image(normal(pixels)), embed, is_cut, reads=reads)
+
+
+def normal_of(architecture: str, tags: Sequence[str]) -> dict[str, Any]:
+    """The mean and spread of pixels that all weights of an architecture were trained with, which a file doesn't say.
+
+    Raises ValueError where they differ."""
+    import open_clip
+
+    every = [open_clip.get_pretrained_cfg(architecture.replace("/", "-"), tag) for tag in tags]
+    known = {(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in every if cfg.get("mean") and cfg.get("std")}
+    if len(known) > 1:
+        raise ValueError(
+            f"weights of {architecture} want pixels of different means, and a file does not say which: give one of "
+            f"{', '.join(tags)} after the colon"
+        )
+    return dict(zip(("mean", "std"), known.pop(), strict=True)) if known else {}
 
 
 def _transformers(name: str, where: str) -> Extractor:
@@ -313,7 +331,8 @@ def _transformers(name: str, where: str) -> Extractor:
             raise ValueError(f"its weights lack {len(lacking)} tensors, for instance {lacking[0]}")
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(where) if config.model_type == "clip" else None
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"--extractor {name}: {str(error).strip().splitlines()[0]}. {HERE}") from None
+        there = "" if Path(where).expanduser().is_dir() else "there is no such folder, and as a hub id: "
+        raise ValueError(f"--extractor {name}: {there}{str(error).strip().splitlines()[0]}. {HERE}") from None
     side = getattr(getattr(config, "vision_config", config), "image_size", None)
     if side is None:
         raise ValueError(f"--extractor {name}: a {config.model_type}, whose config names no image_size")

@@ -145,7 +145,8 @@ def bucketed(
     source: Source, size: int, multiple: int, global_batch: int, cache: Path, accelerator: Accelerator
 ) -> list[tuple[int, int]]:
     """(width, height) of each picture's bucket; the histogram is printed."""
-    sizes = picture_sizes(source, cache, FileHashes(cache), progress=accelerator.is_local_main_process)
+    with accelerator.main_process_first():  # which writes down what the others then find in the cache
+        sizes = picture_sizes(source, cache, FileHashes(cache), progress=accelerator.is_local_main_process)
     repeats = [number for part, number in parts_of(source) for _ in range(len(part))]
     assigned = assign(sizes, size, multiple, repeats=repeats, global_batch=global_batch)
     accelerator.print(assigned.report)
@@ -169,6 +170,7 @@ def open_feed(
     pixels: bool = False,
     font: str | None = None,
     views: int = 1,
+    captions: bool = True,
 ) -> Feed:
     """Opens what `--data` names, prints what is there, and computes the latents that are not yet cached.
 
@@ -176,7 +178,8 @@ def open_feed(
     as streams, as remote paths always are; a number before a part is then its share of the pictures.
     buckets: aspect-ratio buckets of about size² pixels, whose sides are multiples of `multiple` pixels (the
     autoencoder's factor times the U-Net's; 0: the autoencoder's alone); those with fewer pictures than `global_batch`
-    are merged. template: makes the captions (`train.captions.Template`). pixels: `Taken.pixels` are wanted, too.
+    are merged. template: makes the captions (`train.captions.Template`); captions: False for those who read none.
+    pixels: `Taken.pixels` are wanted, too.
 
     Raises ValueError for data that cannot be used (`train.sources.open_source`, `train.cache.open_cache`).
     """
@@ -190,12 +193,20 @@ def open_feed(
                 "leave out --streaming, or leave out --buckets"
             )
         streams = _open_streams(
-            parts, vae, size, seed=seed, accelerator=accelerator, workers=workers, template=template, pixels=pixels
+            parts,
+            vae,
+            size,
+            seed=seed,
+            accelerator=accelerator,
+            workers=workers,
+            template=template,
+            pixels=pixels,
+            captions=captions,
         )
         for said in streams.uneven(global_batch):
             accelerator.print(said)
         return streams
-    source = open_source(data, size, font=font, views=views, template=template)
+    source = open_source(data, size, font=font, views=views, template=template, captions=captions)
     if accelerator.is_main_process:
         print(describe(source, None if buckets else size))
     sides = None
@@ -215,8 +226,9 @@ def _open_streams(
     workers: int,
     template: str,
     pixels: bool,
+    captions: bool,
 ) -> StreamFeed:
-    sets = [open_shards(name, template) for _, name in parts]
+    sets = [open_shards(name, template, captions=captions) for _, name in parts]
     for shards in sets if accelerator.is_main_process else []:
         print(f"{shards.name}: captions: {shards.origin}")
         for first in itertools.islice(first_rows(shards), 3):

@@ -41,12 +41,13 @@ def fill(
         template=template,
         font=font,
         views=views,
+        captions=text_encoder != "none",
     )
     if feed.count is None:
         raise ValueError(
             f"--data {data!r} is read as a stream, whose latents are not kept: nothing to compute beforehand"
         )
-    if text_encoder:
+    if text_encoder not in ("", "none"):
         conditioner = load_conditioner(text_folder(text_encoder), {})
         conditioner.to(accelerator.device)
         texts = Texts(conditioner, feed.captions, accelerator.device, cache=cache, accelerator=accelerator)

@@ -1,5 +1,5 @@
 """Folders of pictures, and where their captions are found: in the first that is there of metadata.jsonl, metadata.csv,
-.txt files beside pictures, and the names of the folders that they are in."""
+these two in the folders below, .txt files beside pictures, and the names of the folders that they are in."""
 
 import csv
 import io
@@ -14,7 +14,16 @@ from PIL import Image
 from pipelines.image import rgb
 from train.captions import Template, captions_of, clean
 from train.hashes import FileHashes
-from train.pictures import MAX_UNUSABLE, PICTURES, UNREADABLE, Example, digest, refuse_failing_disk, upright_size
+from train.pictures import (
+    FOREIGN,
+    MAX_UNUSABLE,
+    PICTURES,
+    UNREADABLE,
+    Example,
+    digest,
+    refuse_failing_disk,
+    upright_size,
+)
 
 
 @dataclass
@@ -48,7 +57,8 @@ class FolderSource:
             raise ValueError(f"{self.files[index]}: {error}") from None
 
     def fingerprint(self, hashes: FileHashes | None = None) -> str:
-        return digest(json.dumps(self.captions), *(hashes or FileHashes()).of(self.files))
+        said = [() if captions == ("",) else captions for captions in self.captions]
+        return digest(json.dumps(said), *(hashes or FileHashes()).of(self.files))
 
 
 class Found(NamedTuple):
@@ -63,6 +73,20 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not f.name.startswith("."))
 
 
+def _some_pictures(folder: Path) -> list[Path]:
+    if pictures := pictures_in(folder):
+        return pictures
+    raise ValueError(
+        f"no pictures in {folder}: expected files ending in {', '.join(sorted(PICTURES))}, .parquet or .tar files"
+        + "".join(f"; {note}" for note in _foreign(folder)[:1])
+    )
+
+
+def _foreign(folder: Path) -> list[str]:
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in FOREIGN and not f.name.startswith("."))
+    return [f"left out, a format that is not read (convert it to JPEG or PNG): {file}" for file in files]
+
+
 def open_pictures(folder: Path, template: Template | None = None, say: Callable[[str], None] = print) -> FolderSource:
     """All pictures of a folder, for those who can do without captions: with the captions of those that have some."""
     files, said, origin = pictures_in(folder), {}, "none"
@@ -75,18 +99,21 @@ def open_pictures(folder: Path, template: Template | None = None, say: Callable[
     return FolderSource(files, [said.get(file, ()) for file in files], origin)
 
 
+def open_bare(folder: Path) -> FolderSource:
+    """All pictures of a folder, with the empty caption; ValueError where there are none."""
+    pictures = _some_pictures(folder)
+    return FolderSource(pictures, [("",)] * len(pictures), "not read", _foreign(folder))
+
+
 def open_folder(folder: Path, template: Template | None = None) -> FolderSource:
     """The pictures of a folder and of those below it; ValueError where too many have no caption."""
-    pictures = pictures_in(folder)
-    if not pictures:
-        raise ValueError(
-            f"no pictures in {folder}: expected files ending in {', '.join(sorted(PICTURES))}, .parquet or .tar files"
-        )
+    pictures = _some_pictures(folder)
     origin, found = _captions(folder, pictures, template)
     captioned = [(f, found[f]) for f in pictures if found.get(f)]
     notes = [f"no caption: {f}" for f in pictures if not found.get(f)]
     there = set(pictures)
     notes += [f"named in {origin}, but not there: {f}" for f in found if f not in there]
+    notes += _foreign(folder)
     if len(pictures) - len(captioned) > MAX_UNUSABLE * len(pictures):
         raise ValueError(
             f"{len(pictures) - len(captioned)} of {len(pictures)} pictures in {folder} have no caption (captions from "
@@ -98,9 +125,16 @@ def open_folder(folder: Path, template: Template | None = None) -> FolderSource:
 
 def _captions(folder: Path, pictures: list[Path], template: Template | None) -> Found:
     """Where captions were found, the first of what the module's text lists, and file -> captions."""
-    for name in ("metadata.jsonl", "metadata.csv"):
+    names = ("metadata.jsonl", "metadata.csv")
+    for name in names:
         if (folder / name).is_file():
             return Found(name, _read_metadata(folder / name, template))
+    below = {above for file in pictures for above in file.parents if above.is_relative_to(folder)}
+    for name in names:  # of each split a folder, as `datasets` has them
+        files = sorted(file for place in below if (file := place / name).is_file())
+        found = {picture: said for file in files for picture, said in _read_metadata(file, template).items()}
+        if 2 * sum(file in found for file in pictures) > len(pictures):  # and not of some other table in there
+            return Found(f"{name} in {len(files)} of its folders", found)
     if any(f.with_suffix(".txt").is_file() for f in pictures):
         texts = {f: f.with_suffix(".txt") for f in pictures}
         said = {f: clean(read_text(t).splitlines()) for f, t in texts.items() if t.is_file()}

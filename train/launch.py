@@ -54,6 +54,8 @@ def start(
         project_config=ProjectConfiguration(project_dir=str(project_dir)) if project_dir else None,
         step_scheduler_with_optimizer=False,
     )
+    if log_with and log_with != "all" and not accelerator.log_with:  # of which accelerate would say nothing
+        raise ValueError(f"--tracker {log_with} is not installed: pip install {log_with}, or take another")
     accelerator.gradient_accumulation_steps = accumulate  # whatever the launcher's configuration says
     if (kind := sharding(accelerator)) and not shards:
         raise ValueError(f"{kind} is for train/ldm.py: this script takes --config_file train/configs/gpus.yaml")

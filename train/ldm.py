@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from conditioning.context import Unconditional
 from conditioning.labels import Labels
 from train.batch import Batch, draw_batch
 from train.build import build, optimizer_for
@@ -115,6 +116,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
         template=config.template,
         font=config.font,
         views=config.views,
+        captions=not isinstance(model.conditioner, Unconditional),
         pixels=model.inpaints,
     )
     prior = len(split_parts(data)) - 1 if config.prior else -1

@@ -5,7 +5,9 @@ Every number is said with what it hangs on: the extractor and its hash, the coun
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from accelerate import Accelerator
 from ldm.schedule import VariancePreserving
 from pipelines import TextToImagePipeline
 from train.bits import Method, measure_bits
+from train.data import written_aside
 from train.extractors import Extractor, open_extractor
-from train.folders import FolderSource, open_pictures, pictures_in
+from train.folders import FolderSource
 from train.hashes import FileHashes
 from train.judge import right_by_caption
 from train.launch import start
 from train.metrics import clip_score, diversity, frechet_distance, kernel_distance, precision_recall
 from train.neighbours import copies, in_words, memorisation
+from train.pictures import digest
 from train.recogniser import Recogniser
 from train.reference import Reference, open_reference
 from train.results import joined, write_result
@@ -102,6 +106,8 @@ def measure(how: Measuring, pipe: TextToImagePipeline | None = None) -> dict[str
         raise ValueError(f"--clip {how.clip} is of the CLIP score: add clip to --metrics {how.metrics}")
     if "bpd" in how.wanted:
         _check_bits(how, pipe)
+    if set(how.wanted) == {"bpd"}:
+        _check_out(how, {"data": how.reference})
     result: dict[str, Any] = {"model": how.model, "weights": pipe and model_digest(pipe), "metrics": []}
     bits = None
     if "bpd" in how.wanted and pipe is not None and accelerator.is_main_process:
@@ -109,7 +115,6 @@ def measure(how: Measuring, pipe: TextToImagePipeline | None = None) -> dict[str
     if set(how.wanted) - {"bpd"} or how.training:
         _of_features(how, pipe, accelerator, result)
     else:
-        _check_out(how, {"data": how.reference})
         result["reference"] = {"data": how.reference}
     if bits:
         result["metrics"].append(bits)
@@ -149,17 +154,16 @@ def _check_out(how: Measuring, reference: dict[str, Any]) -> None:
         )
 
 
-def _open_real(
-    how: Measuring, data: str, size: int, *, needed: bool, say: Any, split: str = "train", views: int = 1
-) -> Any:
-    """A source of real pictures; a folder may do without captions, unless they are needed."""
+def _open_real(how: Measuring, flag: str, size: int, *, needed: bool, split: str = "train", views: int = 1) -> Any:
+    """What --reference or --training names, which may do without captions, unless they are needed."""
+    opened = partial(open_source, getattr(how, flag), size, split=split, font=how.font, views=views)
     try:
-        return open_source(data, size, split=split, font=how.font, views=views, template=how.template)
-    except ValueError:
-        folder = Path(data).expanduser()
-        if needed or how.template or not folder.is_dir() or not pictures_in(folder):
-            raise
-        return open_pictures(folder, say=say)
+        return opened(template=how.template)  # where they are there, the set is the same one for all
+    except ValueError as error:
+        with suppress(ValueError):
+            if not needed and not how.template:
+                return opened(captions=False)
+        raise ValueError(str(error).replace("--data", f"--{flag}")) from None
 
 
 def _of_features(
@@ -168,6 +172,11 @@ def _of_features(
     say = accelerator.print
     with accelerator.main_process_first():  # which fetches what the others then find
         extractor = open_extractor(how.extractor, accelerator.device)
+    if "accuracy" in how.wanted and not isinstance(extractor.network, Recogniser):
+        raise ValueError(
+            f"accuracy is the verdict of a run of train/recogniser.py, and {extractor.name} is none: give one as "
+            "--extractor"
+        )
     clip = extractor
     if "clip" in how.wanted:
         clip = open_extractor(how.clip, accelerator.device) if how.clip else extractor
@@ -194,7 +203,7 @@ def _of_features(
             raise ValueError(f"--size {how.size} is for folders of pictures: this model paints {pipe.model.size}")
         size, count = pipe.model.size, how.samples or (10_000 if accelerator.device.type == "cuda" else 1000)
     needed = "accuracy" in how.wanted or (pipe is not None and is_told(pipe))
-    source = _open_real(how, how.reference, size, needed=needed, say=say)
+    source = _open_real(how, "reference", size, needed=needed)
     say(f"reference: {describe(source, size)}")
     reference = open_set(source, extractor, how.cache)
     said = {"data": how.reference, "pictures": len(reference), "hash": reference.hash}
@@ -211,7 +220,7 @@ def _of_features(
     if how.training:
         plain = replace(how, template="")
         views = pipe.model.defaults.views if pipe else 1
-        real = _open_real(plain, how.training, size, needed=False, say=say, views=views)
+        real = _open_real(plain, "training", size, needed=False, views=views)
         training = open_set(real, extractor, how.cache)
         if pipe is not None and isinstance(pipe.model.vae, Autoencoder):
             given_back = copies(training, pipe.model.vae, min(count, 400), how.out, accelerator)
@@ -241,7 +250,8 @@ def _of_features(
         say(_line(found, size, reference, clip if found["metric"] == "clip" else extractor))
         _write(how, result)  # what comes next may fail
     if training is not None:
-        result["memorisation"] = memorisation(samples, reference, training, how.out / "neighbours.png", learnt)
+        sheet, of = how.out / "neighbours.png", f"{extractor.name}, {extractor.digest}"
+        result["memorisation"] = memorisation(samples, reference, training, sheet, learnt, of)
         _write(how, result)
         for line in in_words(result["memorisation"], "the reference"):
             say(line)
@@ -320,8 +330,7 @@ def _clip(embedded: Reference, clip: Extractor) -> dict[str, Any]:
 
 def _right(extractor: Extractor, pictures: Reference, template: str) -> tuple[dict[str, float], int]:
     """Share of the pictures in which the extractor sees what their captions say, by task; of how many."""
-    if not isinstance(extractor.network, Recogniser):
-        raise ValueError(f"accuracy is the verdict of a run of train/recogniser.py, and {extractor.name} is none")
+    assert isinstance(extractor.network, Recogniser)
     said = [i for i, caption in enumerate(pictures.captions) if caption]
     if not said:
         raise ValueError("accuracy needs captions that say what pictures show: there are none")
@@ -362,19 +371,23 @@ def _check_bits(how: Measuring, pipe: TextToImagePipeline | None) -> None:
 
 def _told_pictures(how: Measuring, pipe: TextToImagePipeline) -> Any:
     """The reference as bits are measured on it: with captions, which may be empty where the model is told nothing."""
-    told, silent = is_told(pipe), lambda *_: None
-    source = _open_real(how, how.reference, pipe.model.size, needed=told, say=silent, split=BITS_OF)
-    if not told and isinstance(source, FolderSource):
-        source = replace(source, captions=[said or ("",) for said in source.captions])
-    return source
+    return _open_real(how, "reference", pipe.model.size, needed=is_told(pipe), split=BITS_OF)
 
 
 def _bits(how: Measuring, pipe: TextToImagePipeline) -> dict[str, Any]:
     """By the bound, or by the flow on a path that has no table of rows."""
     method: Method = "elbo" if isinstance(pipe.model.schedule, VariancePreserving) else "flow"
     source, seed = _told_pictures(how, pipe), how.painting.seed
-    found = measure_bits(how.model, how.reference, method=method, seed=seed, workers=how.workers, source=source)
-    numbers = {"value": found["bits_per_dim"], "standard_error": found["standard_error"], "pictures": found["pictures"]}
     of = {"split": BITS_OF if isinstance(source, Drawn) else "given", "hash": source.fingerprint(FileHashes(how.cache))}
+    asked: dict[str, Any] = {"method": method, "seed": seed}
+    key = digest(model_digest(pipe), json.dumps(of | asked))
+    file = how.out / f"bits-{key[:8]}.json"  # kept, in case that the painting after it is interrupted
+    if not file.is_file():
+        found = measure_bits(how.model, how.reference, **asked, workers=how.workers, source=source)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(file) as partial:
+            partial.write_text(json.dumps(found))
+    found = json.loads(file.read_text())
+    numbers = {"value": found["bits_per_dim"], "standard_error": found["standard_error"], "pictures": found["pictures"]}
     said = {"method": method, "seed": seed, "size": pipe.model.size, **of}
     return {"metric": "bpd", "name": "bits per dimension", **numbers, **said}

@@ -27,16 +27,20 @@ NEAR = 0.01  # share of the held-out pictures that are as near as a "near" sampl
 def in_words(found: dict[str, Any], held_out: str) -> list[str]:
     """What a person is told of `memorisation`; held_out: what those pictures are."""
     counts = found["pictures"]
+    share = found["share_of_samples_nearer_than_1%_of_held_out"]
+    nearer = f"all of {held_out} are in the training set, so that nothing tells how near is too near"
+    if share is not None:
+        nearer = f"nearer than the nearest {NEAR:.0%} of {held_out} are {share:.1%} of {counts['samples']} samples"
     lines = [
         f"distance to the nearest training picture, median: of samples {found['samples_to_training']:.4g}, "
-        f"of {held_out} {found['held_out_to_training']:.4g}; nearer than the nearest {NEAR:.0%} of {held_out} are "
-        f"{found['share_of_samples_nearer_than_1%_of_held_out']:.1%} of {counts['samples']} samples; side by side in "
-        f"{found['sheet']} [training set {found['training_hash']}]"
+        f"of {held_out} {found['held_out_to_training']:.4g}; {nearer}; side by side in {found['sheet']} "
+        f"[{counts['training']} training pictures {found['training_hash']}, {counts['held_out']} of {held_out} "
+        f"{found['held_out_hash']}; extractor {found['extractor']}]"
     ]
     if (share := found.get("share_of_copies_nearer_than_1%_of_held_out")) is not None:
         lines.append(
-            f"of training pictures that the autoencoder gives back {share:.1%} are as near, at a median of "
-            f"{found['copies_to_training']:.4g}: so well would copies be seen"
+            f"of {counts['copies']} training pictures that the autoencoder gives back {share:.1%} are as near, at a "
+            f"median of {found['copies_to_training']:.4g}: so well would copies be seen"
         )
     if known := found["held_out_that_are_in_training"]:
         lines.append(
@@ -53,7 +57,7 @@ def copies(training: Reference, vae: Autoencoder, count: int, out: Path, acceler
     if accelerator.is_main_process and len(list(folder.glob("*.png"))) < min(count, len(training)):
         _write_copies(training, vae, count, folder)
     accelerator.wait_for_everyone()
-    return open_pictures(folder)
+    return open_pictures(folder, say=lambda _: None)  # they have no captions, and need none
 
 
 @torch.no_grad()
@@ -68,15 +72,23 @@ def _write_copies(training: Reference, vae: Autoencoder, count: int, folder: Pat
 
 
 def memorisation(
-    samples: Reference, held_out: Reference, training: Reference, sheet: Path, learnt: Reference | None = None
+    samples: Reference,
+    held_out: Reference,
+    training: Reference,
+    sheet: Path,
+    learnt: Reference | None = None,
+    extractor: str = "",
 ) -> dict[str, Any]:
     """Compares the distances, in features, and writes the sheet.
+
+    extractor: names the features.
 
     learnt: what `copies` makes, which shows whether copies would be seen: an autoencoder changes pictures as well.
 
     Returns the medians of the distances to the nearest training picture, their ratio, and which share of the samples is
     nearer than all but NEAR of the held-out pictures are, without those that are in the training set: about NEAR where
-    nothing is memorised, and 1 in n + 1 where these n are fewer than 1 / NEAR. With `learnt` the same two of those.
+    nothing is memorised, 1 in n + 1 where these n are fewer than 1 / NEAR, None where there are none of them. With
+    `learnt` the same two of those.
     """
     known = training.features()
     distances, indices = nearest(samples.features(), known)
@@ -94,20 +106,28 @@ def memorisation(
     one, other = float(ours.median()), float(theirs.median())
     same = theirs < SAME * known.square().sum(1).mean().sqrt()
     apart = theirs[~same]  # beside pictures that are in the training set nothing would look like a copy
-    near = apart.quantile(NEAR, interpolation="lower") if len(apart) else 0.0
+    near = apart.quantile(NEAR, interpolation="lower") if len(apart) else None
+
+    def share(distances: torch.Tensor) -> float | None:
+        return None if near is None else float((distances < near).double().mean())
+
+    counts = {"samples": len(samples), "held_out": len(held_out), "training": len(training)}
     control: dict[str, Any] = {}
     if learnt is not None:
         copied = nearest(learnt.features(), known).values[:, 0]
         control["copies_to_training"] = float(copied.median())
-        control["share_of_copies_nearer_than_1%_of_held_out"] = float((copied < near).double().mean())
+        control["share_of_copies_nearer_than_1%_of_held_out"] = share(copied)
+        counts["copies"] = len(learnt)
     return {
         "samples_to_training": one,
         "held_out_to_training": other,
         "ratio": one / other if other else None,
-        "share_of_samples_nearer_than_1%_of_held_out": float((ours < near).double().mean()),
+        "share_of_samples_nearer_than_1%_of_held_out": share(ours),
         **control,
         "held_out_that_are_in_training": int(same.sum()),
-        "pictures": {"samples": len(samples), "held_out": len(held_out), "training": len(training)},
+        "pictures": counts,
         "training_hash": training.hash,
+        "held_out_hash": held_out.hash,
+        "extractor": extractor,
         "sheet": str(sheet),
     }

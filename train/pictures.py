@@ -15,7 +15,8 @@ from pipelines.image import rgb
 if TYPE_CHECKING:
     from train.hashes import FileHashes
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+FOREIGN = {".heic", ".heif", ".jxl"}  # pictures, too, but Pillow by itself opens none of them
 MAX_UNUSABLE = 0.05  # share of pictures without a caption, or broken, above which training is refused
 # What Pillow raises, and what its decoders let through.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)

@@ -106,7 +106,8 @@ def open_reference(
     Raises ValueError where more pictures than a training would accept are broken, or none is left.
     """
     refuse_numbers(source)
-    fingerprint = source.fingerprint(FileHashes(cache))
+    with accelerator.main_process_first():  # whose hashes of the files the others then find in the cache
+        fingerprint = source.fingerprint(FileHashes(cache))
     folder = cache / f"features-{digest(fingerprint, str(size), extractor.digest, extractor.resize, FORMAT)}"
     folder.mkdir(parents=True, exist_ok=True)
     shards = [folder / f"{i:06d}.safetensors" for i in range(-(-len(source) // SHARD))]

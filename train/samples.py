@@ -19,6 +19,7 @@ from conditioning.context import Unconditional
 from conditioning.labels import Labels
 from pipelines import TextToImagePipeline
 from pipelines.files import checkpoints, newest
+from pipelines.scheduler import sampler_of
 from train.cache import weights_digest
 from train.data import batch_indices, permutation, written_aside
 from train.folders import FolderSource, open_pictures
@@ -104,14 +105,16 @@ def paint_samples(
         raise ValueError(f"{len(prompts):,} samples: expected at most {NOISES:,}, for which a seed has noise")
     defaults, first = pipe.model.defaults, how.seed * NOISES
     notes: dict[str, Any] = {"model": model_digest(pipe), "seed": how.seed, "size": pipe.model.size}
-    notes |= {"steps": how.steps or defaults.steps, "sampler": how.sampler or defaults.sampler}
-    notes |= {"guidance": defaults.guidance_scale if how.guidance is None else how.guidance}
+    sampler = how.sampler or defaults.sampler or sampler_of(pipe.model.scheduler)
+    notes |= {"steps": how.steps or defaults.steps, "sampler": sampler}
+    scale = defaults.guidance_scale if how.guidance is None else how.guidance
+    notes["guidance"] = max(1.0, scale) if is_told(pipe) else 1.0
     notes["guidance_interval"] = list(defaults.guidance_interval) if defaults.guidance_interval else None
     notes |= {"loras": pipe.loras or None, "first_noise": first}
     notes |= {"dtype": str(pipe.dtype).removeprefix("torch."), "batch": how.batch}
     notes["prompts"] = reference if any(prompts) else ""
     folder.mkdir(parents=True, exist_ok=True)
-    _check_notes(folder, notes, accelerator)
+    _check_notes(folder, notes, accelerator, guided=is_told(pipe))
     files = [folder / f"{i:06d}.png" for i in range(len(prompts))]
     batches = range(0, len(prompts), how.batch)
     mine = [start for n, start in enumerate(batches) if n % accelerator.num_processes == accelerator.process_index]
@@ -135,14 +138,20 @@ def paint_samples(
     return FolderSource(files, [(said,) if said else () for said in prompts], "the prompts")
 
 
-def _check_notes(folder: Path, notes: dict[str, Any], accelerator: Accelerator) -> None:
+def _check_notes(folder: Path, notes: dict[str, Any], accelerator: Accelerator, *, guided: bool) -> None:
     """Writes them where there are no pictures yet; ValueError where some are there that were painted otherwise."""
     file, before = folder / NOTES, notes
     if any(f.suffix in PICTURES for f in folder.iterdir()):
         before = json.loads(file.read_text()) if file.is_file() else {}
-        before.setdefault("first_noise", before.get("seed"))  # of pictures that were painted before seeds were apart
+        # Of earlier versions, whose seeds were not apart, and who noted what was asked for:
+        before.setdefault("first_noise", before.get("seed"))
+        before["sampler"] = before.get("sampler") or notes["sampler"]
+        before["guidance"] = max(1.0, before.get("guidance", 1.0)) if guided else 1.0
     if changed := [key for key in notes if before.get(key) != notes[key]]:
-        told = "; ".join(f"{key}: {before.get(key)!r} before, {notes[key]!r} now" for key in changed)
+        told = "; ".join(
+            "for other prompts" if key == "prompts" else f"{key}: {before.get(key)!r} before, {notes[key]!r} now"
+            for key in changed
+        )
         raise ValueError(
             f"{folder} holds pictures that were painted otherwise ({told}): give another --out, or delete that folder"
         )

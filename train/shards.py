@@ -31,13 +31,16 @@ class Shards:
     name: str
     files: list[str]
     template: Template | None = None
+    bare: bool = False  # captions are not read: all are the empty one
     columns: Columns | None = field(init=False, default=None)  # of parquet files
     table: Any = field(init=False, default=None)  # of parquet files: datasets.IterableDataset, a shard for each
 
     def __post_init__(self) -> None:
         with naming(self.files[0]):
             if self.files[0].endswith(".parquet"):
-                self.columns = find_columns(_table(self.files[:1], None).features, self.files[0], self.template)
+                self.columns = find_columns(
+                    _table(self.files[:1], None).features, self.files[0], self.template, bare=self.bare
+                )
                 self.table = _table(self.files, [self.columns.image, *self.columns.used])
             elif self.template:
                 with _opened(self.files[0]) as opened:
@@ -48,6 +51,16 @@ class Shards:
     def origin(self) -> str:
         said = self.columns.origin if self.columns else ".txt and .json files in tars"
         return f"{said}, a stream of {len(self.files):,} file(s)"
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of all classes, where captions are such names and the first file's table lists them."""
+        return self.columns.classes.get(self.columns.text) if self.columns else None
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether all files are on this machine, so that they can be read whole."""
+        return not any(is_remote(file) for file in self.files)
 
     def fingerprint(self) -> str:
         """Of the names of the files, and of what is taken from them; a set of the hub stays itself when its owner
@@ -66,7 +79,7 @@ class Shards:
                     continue
                 begin, length = sample.picture
                 opened.seek(begin)
-                captions = tar_captions(sample, name, self.template)
+                captions = ("",) if self.bare else tar_captions(sample, name, self.template)
                 yield Row(opened.read(length), captions, f"{name}: {sample.key}"), [sample.begin]
 
     def _parquet_rows(self, file: int, place: Place) -> Iterator[tuple[Row, Place]]:
@@ -126,8 +139,10 @@ def _table(files: list[str], columns: list[str] | None) -> Any:
     )
 
 
-def open_shards(data: str, template: str = "") -> Shards:
-    """What one part of `--data` names, as a stream. Raises ValueError where it is nothing that can be streamed."""
+def open_shards(data: str, template: str = "", *, captions: bool = True) -> Shards:
+    """What one part of `--data` names, as a stream. captions: as of `train.sources.open_source`.
+
+    Raises ValueError where it is nothing that can be streamed."""
     made = Template(template) if template else None
     files = _listed(data)
     kinds = {Path(file).suffix for file in files}
@@ -137,7 +152,7 @@ def open_shards(data: str, template: str = "") -> Shards:
             f"of the hub that is made of them; found {', '.join(sorted(kinds)) or 'none'}. Leave out --streaming for "
             "other local data"
         )
-    return Shards(data, files, made)
+    return Shards(data, files, made, not captions)
 
 
 def _listed(data: str) -> list[str]:

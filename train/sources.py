@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from train.captions import Template
-from train.folders import FolderSource, open_folder
+from train.folders import FolderSource, open_bare, open_folder
 from train.hashes import FileHashes
 from train.pictures import UNREADABLE, Example, Source, digest
 from train.tables import ParquetSource, open_hub, open_parquet
@@ -95,17 +95,25 @@ class Joined:
 
 
 def open_source(
-    data: str, size: int, *, split: str = "train", font: str | None = None, views: int = 1, template: str = ""
+    data: str,
+    size: int,
+    *,
+    split: str = "train",
+    font: str | None = None,
+    views: int = 1,
+    template: str = "",
+    captions: bool = True,
 ) -> Source:
     """The source that `--data` names (see the module's text for the precedence).
 
     size: the side in pixels at which drawn pictures are drawn. split: "train" | "held_out" | "all"; only drawn
     pictograms have held-out pairs, of other sources it is the same pictures. template: makes the captions, such as
-    "a photo of {label}" (`train.captions.Template`). Raises ValueError naming what is missing.
+    "a photo of {label}" (`train.captions.Template`). captions: False for those who read none; all are the empty one
+    then. Raises ValueError naming what is missing.
     """
     made = Template(template) if template else None
     parts = split_parts(data)
-    opened = [_open(name, size, split, font, views, made) for _, name in parts]
+    opened = [_open(name, size, split, font, views, made, not captions) for _, name in parts]
     if len(parts) == 1 and parts[0][0] == 1:
         return opened[0]
     return Joined(opened, [number for number, _ in parts])
@@ -124,7 +132,7 @@ def split_parts(data: str) -> list[tuple[float, str]]:
     return parts
 
 
-def _open(data: str, size: int, split: str, font: str | None, views: int, template: Template | None) -> Any:
+def _open(data: str, size: int, split: str, font: str | None, views: int, template: Template | None, bare: bool) -> Any:
     if data == "shapes" or data.split(":")[0] == "pictograms":
         if template:
             raise ValueError(f"--template is for captions that are in fields, and {data} is drawn with its own")
@@ -133,18 +141,18 @@ def _open(data: str, size: int, split: str, font: str | None, views: int, templa
     if not data:  # which pathlib takes for the current folder
         raise ValueError(f"--data: {EXPECTED}")
     if not path.exists():
-        return _elsewhere(data, template)
+        return _elsewhere(data, template, bare)
     if path.is_file():
         if path.suffix == ".parquet":
-            return open_parquet([path], template)
+            return open_parquet([path], template, bare=bare)
         if path.suffix == ".tar":
-            return open_tars([path], template)
+            return open_tars([path], template, bare=bare)
         raise ValueError(f"--data {data!r} is a file but not .parquet or .tar: {EXPECTED}")
     if parquet := sorted(path.glob("*.parquet")):
-        return open_parquet(parquet, template)
+        return open_parquet(parquet, template, bare=bare)
     if tars := sorted(path.glob("*.tar")):
-        return open_tars(tars, template)
-    return open_folder(path, template)
+        return open_tars(tars, template, bare=bare)
+    return open_bare(path) if bare else open_folder(path, template)
 
 
 def _drawn(data: str, size: int, split: str, font: str | None, views: int) -> Drawn:
@@ -161,7 +169,7 @@ def _drawn(data: str, size: int, split: str, font: str | None, views: int) -> Dr
     return Drawn(drawing, f"pictograms {size} {','.join(objects)} {split} {views}", size, find_font(font))
 
 
-def _elsewhere(data: str, template: Template | None) -> TarSource | ParquetSource:
+def _elsewhere(data: str, template: Template | None, bare: bool) -> TarSource | ParquetSource:
     """What is no file and no folder by its name."""
     if is_remote(data):
         raise ValueError(f"--data {data!r} is not on this machine: it can be streamed (train/ldm.py), or copied here")
@@ -171,13 +179,13 @@ def _elsewhere(data: str, template: Template | None) -> TarSource | ParquetSourc
             raise ValueError(f"--data {data!r}: {len(missing)} of {len(files)} files are not there, first {missing[0]}")
         paths = [Path(file).expanduser() for file in files]
         if all(path.suffix == ".tar" for path in paths):
-            return open_tars(paths, template)
+            return open_tars(paths, template, bare=bare)
         if all(path.suffix == ".parquet" for path in paths):
-            return open_parquet(paths, template)
+            return open_parquet(paths, template, bare=bare)
         raise ValueError(f"--data {data!r}: expected a pattern of .tar or of .parquet files")
     if HUB.fullmatch(data):
         name, _, part = data.partition(":")
-        return open_hub(name, part or "train", template)
+        return open_hub(name, part or "train", template, bare=bare)
     raise ValueError(f"--data {data!r} does not exist: {EXPECTED}")
 
 

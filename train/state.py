@@ -207,16 +207,22 @@ def save_checkpoint(
             + (f"{kept[-1].name} is whole. " if kept else "and there is none before it. ")
             + "Make room and type the same command again"
         ) from error
-    if final.exists():
-        shutil.rmtree(final)
+    before = _taken_away(final) if final.exists() else None  # a moment without: it may be large, and slow to delete
     partial.rename(final)
     _sync(output)
     for old in checkpoints(output)[:-keep]:
-        gone = old.with_name(f".{old.name}.partial")  # killed while it goes, it is no checkpoint any more
-        shutil.rmtree(gone, ignore_errors=True)
-        old.rename(gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(_taken_away(old))
+    if before:
+        shutil.rmtree(before)
     return final
+
+
+def _taken_away(checkpoint: Path) -> Path:
+    """Under a name that is no checkpoint's any more, in case that the run is killed while it is deleted."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    return gone
 
 
 def _sync(path: Path) -> None:

@@ -17,18 +17,23 @@ class Columns:
     text: str  # the column of the captions; "" with a template
     classes: dict[str, list[str]]  # columns of class numbers -> the names of the classes
     template: Template | None = None
+    bare: bool = False  # captions are not read: all are the empty one
 
     @property
     def used(self) -> list[str]:
-        return [*(self.template.names if self.template else [self.text])]
+        return [] if self.bare else [*(self.template.names if self.template else [self.text])]
 
     @property
     def origin(self) -> str:
         if self.template:
             return f"column {self.image!r} and the template {self.template.template!r}"
+        if self.bare:
+            return f"column {self.image!r} alone"
         return f"columns {self.image!r} and {self.text!r}" + (" as text" if self.text in self.classes else "")
 
     def captions(self, row: dict[str, Any]) -> tuple[str, ...]:
+        if self.bare:
+            return ("",)
         named = {name: self._named(name, row[name]) for name in self.used}
         if self.template:
             return self.template(named)
@@ -41,13 +46,17 @@ class Columns:
         return self.classes[name][value] if value is not None and value >= 0 else None
 
 
-def find_columns(features: Any, where: str, template: Template | None = None) -> Columns:
-    """features: `datasets.Features`. ValueError, which names the columns, where one of pictures or of texts lacks."""
+def find_columns(features: Any, where: str, template: Template | None = None, *, bare: bool = False) -> Columns:
+    """features: `datasets.Features`. ValueError, which names the columns, where one of pictures or of texts lacks.
+
+    bare: texts are not read."""
     import datasets
 
     images = [n for n, f in features.items() if isinstance(f, datasets.Image) or _image_struct(f)]
     texts = [n for n, f in features.items() if _is_text(f)]
     classes = {n: f.names for n, f in features.items() if isinstance(f, datasets.ClassLabel)}
+    if images and bare:
+        return Columns(images[0], "", {}, bare=True)
     if images and template:
         template.check([n for n in features if n not in images], where)
         return Columns(images[0], "", classes, template)
@@ -92,7 +101,7 @@ class ParquetSource:
         return digest(self.columns.origin, *(hashes or FileHashes()).of(self.files))
 
 
-def open_parquet(files: list[Path], template: Template | None = None) -> ParquetSource:
+def open_parquet(files: list[Path], template: Template | None = None, *, bare: bool = False) -> ParquetSource:
     """Parquet files of one folder, as one set."""
     import datasets
 
@@ -100,10 +109,10 @@ def open_parquet(files: list[Path], template: Template | None = None) -> Parquet
         rows = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         raise ValueError(f"cannot read {files[0]} as parquet: {error.__cause__ or error}") from None
-    return source_of(rows, str(files[0]), files, template)
+    return source_of(rows, str(files[0]), files, template, bare)
 
 
-def open_hub(name: str, split: str, template: Template | None = None) -> ParquetSource:
+def open_hub(name: str, split: str, template: Template | None = None, *, bare: bool = False) -> ParquetSource:
     """A set of the Hugging Face hub, downloaded to the cache of `datasets`."""
     import datasets
 
@@ -114,15 +123,15 @@ def open_hub(name: str, split: str, template: Template | None = None) -> Parquet
             f"--data {name!r} is nothing on this machine, and as a data set of the hub (split {split!r}) it cannot be "
             f"loaded: {type(error).__name__}: {error}"
         ) from None
-    return source_of(rows, name, [Path(f["filename"]) for f in rows.cache_files], template)
+    return source_of(rows, name, [Path(f["filename"]) for f in rows.cache_files], template, bare)
 
 
-def source_of(rows: Any, where: str, files: list[Path], template: Template | None) -> ParquetSource:
+def source_of(rows: Any, where: str, files: list[Path], template: Template | None, bare: bool) -> ParquetSource:
     import datasets
 
     if not len(rows):
         raise ValueError(f"{where} holds no rows")
-    columns = find_columns(rows.features, where, template)
+    columns = find_columns(rows.features, where, template, bare=bare)
     return ParquetSource(rows.cast_column(columns.image, datasets.Image(decode=False)), columns, files)
 
 

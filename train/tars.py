@@ -100,8 +100,8 @@ class TarSource:
         return digest(json.dumps(self.captions), *(hashes or FileHashes()).of(self.files))
 
 
-def open_tars(files: list[Path], template: Template | None = None) -> TarSource:
-    """Tars as one set; ValueError where too many examples lack a caption."""
+def open_tars(files: list[Path], template: Template | None = None, *, bare: bool = False) -> TarSource:
+    """Tars as one set; ValueError where too many examples lack a caption. bare: captions are not read."""
     where, captions, keys, missing, total = [], [], [], [], 0
     there: set[str] = set()
     for number, file in enumerate(files):
@@ -111,7 +111,8 @@ def open_tars(files: list[Path], template: Template | None = None) -> TarSource:
                     continue
                 total += 1
                 there |= sample.fields.keys()
-                key, said = f"{file}: {sample.key}", tar_captions(sample, str(file), template)
+                key = f"{file}: {sample.key}"
+                said = ("",) if bare else tar_captions(sample, str(file), template)
                 if not said:
                     missing.append(key)
                     continue

@@ -73,14 +73,14 @@ class Texts:
         some = self._encode(distinct[:: max(1, len(distinct) // 8)][:8])
         seen = [value.cpu().float().numpy().tobytes() for value in some.values()]
         weights = weights_digest(self.conditioner) if isinstance(self.conditioner, nn.Module) else ""
-        place = cache / f"texts-{digest(FORMAT, weights, *seen, *distinct)}"
+        place = cache / f"texts-{share.same(digest(FORMAT, weights, *seen, *distinct))}"  # another device, other bits
         files = [place / f"{i:06d}.safetensors" for i in range(-(-len(distinct) // SHARD))]
         missing = [file for file in files if not file.is_file()]
         place.mkdir(parents=True, exist_ok=True)
         needed, free = bytes_ * len(missing) / len(files) / 1e6, shutil.disk_usage(place).free / 1e6
         if missing:
             say(f"text states in {place}: {len(missing)} of {len(files)} files to compute, {needed:,.0f} MB")
-        if share.agree(needed > free):  # the main process decides for all
+        if share.same(needed > free):
             say(f"the disk has {free:,.0f} MB free: captions are encoded as they come, which costs time")
             return None
         for i in range(share.rank, len(files), share.processes):
@@ -131,9 +131,9 @@ class Share(NamedTuple):
             return Share(0, 1, lambda: None)
         return Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
 
-    def agree(self, yes: bool) -> bool:
-        """What the main process says."""
-        return broadcast_object_list([yes])[0] if self.processes > 1 else yes
+    def same(self, value: Any) -> Any:
+        """That of the main process."""
+        return broadcast_object_list([value])[0] if self.processes > 1 else value
 
 
 def flat(context: Mapping[str, Any]) -> dict[str, Tensor]:

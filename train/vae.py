@@ -8,6 +8,7 @@ import copy
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
@@ -18,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipelines.files import load_autoencoder, save_network
+from pipelines.files import save_network
 from pipelines.picture import to_pil
-from train.build import begin_at_zero
+from train.build import begin_at_zero, open_autoencoder, own_size
 from train.config import flags_in, parse
 from train.data import batch_indices, generator, permutation, read_pictures, to_unit
 from train.grid import grid
@@ -70,10 +71,10 @@ class Config:
 
     data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms[:NAMES]" (or ":all")
     output: Path = Path("runs/vae")  # checkpoints, sample grids and logs
-    init: Path | None = None  # an autoencoder's folder to fine-tune, instead of `model` from nothing
+    init: str | None = None  # an autoencoder to fine-tune, instead of `model` from nothing: folder, or "bundled"
     decoder_only: bool = False  # of --init: the latents stay as they are, and so does every model in them
     model: AutoencoderConfig = TINY  # the network to train from nothing
-    size: int = 64  # side of the pictures in pixels
+    size: int | None = 64  # side of the pictures in pixels; None: what the autoencoder of --init was trained on
     crop: int = 64  # side of the random squares that are trained on
     views: int = 1  # how often each drawn pictogram is drawn, each time a little differently
     updates: int = 1000  # optimizer updates in all
@@ -94,12 +95,19 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("updates", "batch_size", "crop", "size", "views", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {number}: expected at least 1")
+        if not self.clip > 0:
+            raise ValueError(f"--clip {self.clip}: expected above 0, inf for no limit")
         if self.decoder_only and not self.init:
             raise ValueError("--decoder-only keeps the encoder of an autoencoder: name it by --init")
-        if self.crop > self.size:
+        if self.size is not None and self.crop > self.size:
             raise ValueError(f"--crop {self.crop} is larger than --size {self.size}")
+        shown = (self.loss.pixel, self.loss.squared, self.loss.gradient)
+        if not any((*shown, self.loss.elbo, self.loss.perceptual)):
+            raise ValueError("--loss has no weight for how near a picture comes to its own: give --loss.pixel one")
+        if self.loss.halved and not any(shown):
+            raise ValueError("--loss.halved is of --loss.pixel, .squared and .gradient, which are 0: leave it out")
         if self.loss.adversarial and self.crop < 24:
             raise ValueError(f"--crop {self.crop}: the discriminator needs at least 24 pixels, or --loss.adversarial 0")
 
@@ -119,6 +127,8 @@ PRESETS = {
     "shapes": Config(),
     # Taken when --data is given, and no --init.
     "new": NEW,
+    # Taken when --init is given.
+    "fine-tune": Config(data="", size=None, learning_rate=1e-4),
     # The bundled model's. Its card has times and scores.
     "bundled": replace(NEW, data="pictograms+shapes", output=Path("runs/bundled-vae"), mixed_precision="bf16"),
     # accelerate launch train/vae.py --preset mnist --data mnist-train.parquet: 4×4 pixels become one of 8×8×4 latents.
@@ -174,7 +184,7 @@ def crops(
     cut, noise = [], []
     for row, index in enumerate(batch_indices(len(pixels), config.seed, start, config.batch_size).tolist()):
         draw = generator(config.seed, update, first + row)
-        y, x = torch.randint(0, config.size - config.crop + 1, (2,), generator=draw).tolist()
+        y, x = torch.randint(0, pixels.shape[1] - config.crop + 1, (2,), generator=draw).tolist()
         square = pixels[index, y : y + config.crop, x : x + config.crop]
         if config.mirror and torch.rand((), generator=draw) < 0.5:
             square = square.flip(1)
@@ -233,14 +243,14 @@ def save(vae: Autoencoder, config: Config, update: int, pixels: Tensor, shown: T
     beside their reconstructions, then, where the bound is trained on, samples. Returns the reconstructions' PSNR."""
     device = next(vae.parameters()).device
     some = permutation(len(pixels), config.seed, -1)[:1024]
-    samples = paint_samples(vae.eval(), config.size, device) if config.loss.elbo else []
+    samples = paint_samples(vae.eval(), pixels.shape[1], device) if config.loss.elbo else []
     finished = vae if config.decoder_only else normalise_latents(vae, pixels[some], device)
     output, psnr = reconstruct(finished, shown, device)
-    save_checkpoint(config.output, update, lambda folder: save_network(finished, folder), state, config)
     rows = [tile for pair in zip(shown[:32].numpy(), map(to_pil, output[:32]), strict=True) for tile in pair]
     rows += samples
     (config.output / "samples").mkdir(parents=True, exist_ok=True)
     grid(rows, columns=8).save(config.output / "samples" / f"{update:07d}.png")
+    save_checkpoint(config.output, update, lambda folder: save_network(finished, folder), state, config)
     return psnr
 
 
@@ -249,18 +259,19 @@ def main(config: Config) -> Path:
     config = replace(config, mixed_precision=accelerator.mixed_precision)
     if config.init and config.model not in [preset.model for preset in PRESETS.values()]:
         raise ValueError(f"--init {config.init} brings its own --model: leave out --init, or --model")
-    source = open_source(config.data, config.size, split="all", font=config.font, views=config.views)
-    accelerator.print(describe(source, config.size))
-    with accelerator.main_process_first():
-        pictures = read_pictures(source, config.size, config.cache, workers=config.workers)
-    pixels = pictures.pixels
-    shown = pixels[torch.linspace(0, len(pixels) - 1, min(64, len(pixels))).long()]
 
+    # What can be refused is refused before a large set is read.
     torch.manual_seed(config.seed)
     if config.init:
-        vae = load_autoencoder(config.init).requires_grad_(True).train()
+        vae = open_autoencoder(config.init).requires_grad_(True).train()
+        if not isinstance(vae, Autoencoder):
+            raise ValueError(f"--init {config.init} has no weights: expected an autoencoder's folder, or bundled")
+        config = replace(config, size=config.size or own_size(vae))
     else:
+        if config.size is None:
+            raise ValueError("--size is missing: the side of the pictures in pixels")
         vae = new_autoencoder(replace(config.model, sample_size=config.size))
+    assert config.size
     if any(side % vae.downscale for side in (config.size, config.crop)):
         raise ValueError(
             f"--size {config.size}, --crop {config.crop}: expected multiples of {vae.downscale}, the network's factor"
@@ -286,8 +297,16 @@ def main(config: Config) -> Path:
     update = 0
     global_batch = config.batch_size * accelerator.num_processes
     free = ("workers", "cache", "checkpoint_every", "updates", "batch_size")
-    if found := resume(config.output, config, may_change=free, global_batch=global_batch):
+    found = resume(config.output, config, may_change=free, global_batch=global_batch)
+    source = open_source(config.data, config.size, split="all", font=config.font, views=config.views, captions=False)
+    accelerator.print(describe(source, config.size))
+    with accelerator.main_process_first():
+        pictures = read_pictures(source, config.size, config.cache, workers=config.workers)
+    pixels = pictures.pixels
+    shown = pixels[torch.linspace(0, len(pixels) - 1, min(64, len(pixels))).long()]
+    if found:
         folder, state = found
+        pictures.refuse_others(state)
         update = state["update"]
         vae.load_state_dict(state["model"])
         ema.load(state["ema"])
@@ -301,6 +320,7 @@ def main(config: Config) -> Path:
     accelerator.init_trackers("vae")
 
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
+    mean = partial(accelerator.reduce, reduction="mean")
     latent_shape = (vae.latent_channels, config.crop // vae.downscale, config.crop // vae.downscale)
     progress = Progress(accelerator, update, config.updates, config.checkpoint_every)
     began, seen = time.perf_counter(), 0
@@ -314,11 +334,12 @@ def main(config: Config) -> Path:
 
         with accelerator.autocast():
             output, posterior, halved = network(images, noise, config.loss.halved > 0)
-        loss, terms = autoencoder_loss(output, images, posterior, config.loss, perceptual, halved)
+        loss, terms = autoencoder_loss(output, images, posterior, config.loss, perceptual, halved, mean)
         if weight := adversarial_weight(config.loss, update):
             judge.requires_grad_(False)
             fooled = generator_loss(judge(output.float()))
-            loss = loss + weight * adaptive_weight(loss, fooled, vae.last_layer) * fooled
+            scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+            loss = loss + weight * adaptive_weight(loss, fooled, vae.last_layer, mean=mean, scale=scale) * fooled
             judge.requires_grad_(True)
         if not torch.isfinite(loss):
             raise ValueError(
@@ -361,6 +382,7 @@ def main(config: Config) -> Path:
                     "judge_optimizer": judge_optimizer.state_dict(),
                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,  # of fp16
                     "global_batch": global_batch,
+                    "data": pictures.contents,
                 }
                 with ema.applied():
                     finished = copy.deepcopy(vae)
@@ -375,8 +397,9 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    is_new = "--data" in (given := flags_in(sys.argv)) and "--init" not in given
+    given = flags_in(sys.argv)
     try:
-        main(parse(Config, PRESETS, default="new" if is_new else "shapes"))
+        preset = "fine-tune" if "--init" in given else "new" if "--data" in given else "shapes"
+        main(parse(Config, PRESETS, default=preset))
     except ValueError as error:
         sys.exit(f"error: {error}")

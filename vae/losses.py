@@ -16,6 +16,12 @@ from vae.autoencoder import Posterior
 
 ROUNDING = (2 / 255) ** 2 / 12  # variance of the rounding of pixels in [-1, 1] to 8 bits
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # two batches of pictures -> distance [B]
+Mean = Callable[[Tensor], Tensor]  # over processes
+
+
+def same(value: Tensor) -> Tensor:
+    """The mean over one process."""
+    return value
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def kl_loss(posterior: Posterior) -> Tensor:
     return posterior.kl() / posterior.mean[0].numel()
 
 
-def elbo_loss(output: Tensor, target: Tensor, posterior: Posterior) -> Tensor:
+def elbo_loss(output: Tensor, target: Tensor, posterior: Posterior, mean: Mean = same) -> Tensor:
     """The negative variational bound (Kingma & Welling, 2014, eq. 3), in nats of density for each value: [B].
 
     The decoder is Gaussian around its output, with the one variance that makes the batch likeliest, its mean square
@@ -89,7 +95,7 @@ def elbo_loss(output: Tensor, target: Tensor, posterior: Posterior) -> Tensor:
     rounding to 8 bits adds.
     """
     error = squared_loss(output, target)
-    variance = error.mean().clamp(min=ROUNDING)
+    variance = mean(error.detach().mean()).clamp(min=ROUNDING)  # where it is best, the bound does not depend on it
     return (error / variance + variance.log() + math.log(2 * math.pi)) / 2 + posterior.kl() / target[0].numel()
 
 
@@ -100,10 +106,12 @@ def autoencoder_loss(
     weights: LossWeights,
     perceptual: Perceptual | None = None,
     halved: Tensor | None = None,
+    mean: Mean = same,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Everything but the adversarial term.
 
     halved: [B, C, H / 2, W / 2], what the latents give that were averaged over 2×2, where that has a weight.
+    mean: over the processes, of what the whole batch decides.
 
     Returns:
         The weighted sum, a scalar, and the terms by name before weighting, each [B] and detached.
@@ -126,7 +134,7 @@ def autoencoder_loss(
     if weights.kl:
         terms["kl"] = kl_loss(posterior)
     if weights.elbo:
-        terms["elbo"] = elbo_loss(output, target, posterior)
+        terms["elbo"] = elbo_loss(output, target, posterior, mean)
     if weights.perceptual and perceptual is not None:
         terms["perceptual"] = perceptual(output, target)
     total = sum((getattr(weights, name) * term.mean() for name, term in terms.items()), output.new_zeros(()))
@@ -215,7 +223,14 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, maximum: float = 1e4, eps: float = 1e-4
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
+    *,
+    maximum: float = 1e4,
+    eps: float = 1e-4,
+    mean: Mean = same,
+    scale: float = 1.0,
 ) -> Tensor:
     """|grad reconstruction| / (|grad adversarial| + eps) at the decoder's last layer, at most `maximum`.
 
@@ -225,10 +240,14 @@ def adaptive_weight(
     Args:
         reconstruction, adversarial: scalars.
         last_layer: `Autoencoder.last_layer`.
+        mean: over the processes, of gradients.
+        scale: of the losses in between, which keeps gradients in float16 from 0.
     """
-    (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (got,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (wanted.norm() / (got.norm() + eps)).clamp(max=maximum).detach()
+    (wanted,) = torch.autograd.grad(scale * reconstruction, last_layer, retain_graph=True)
+    (got,) = torch.autograd.grad(scale * adversarial, last_layer, retain_graph=True)
+    wanted, got = mean(wanted) / scale, mean(got) / scale
+    ratio = (wanted.norm() / (got.norm() + eps)).detach()
+    return ratio.nan_to_num(nan=0.0).clamp(max=maximum)  # of gradients that overflow in float16: the step is left out
 
 
 def adversarial_weight(weights: LossWeights, step: int) -> float:
