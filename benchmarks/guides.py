@@ -6,6 +6,7 @@ trained on and held out, and their Fréchet distance to fresh drawings in its fe
 points are kept in --out.
 """
 
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,7 +29,7 @@ from train.cache import weights_digest
 from train.extractors import open_extractor
 from train.samples import model_digest
 
-METRICS = ("train_object", "held_out_object", "train_style", "held_out_style", "distance")
+METRICS = ("train_object", "held_out_object", "held_out_object_nats", "held_out_style", "distance")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Options:
     interval: tuple[float, float] = (0.3, 6.0)  # noise levels
     steps: int | None = None  # by default the model's own
     prompts: int = 200  # pairs that were trained on, and as many held out
+    seeds: tuple[int, ...] = (1, 2)  # of the noises; points and their spread are over these
     out: Path = RESULTS / "guides.json"
 
 
@@ -68,8 +70,12 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     axes = figure.subplots(1, len(METRICS))
     for axis, metric in zip(axes, METRICS, strict=True):
         for guide in dict.fromkeys(row["guide"] for row in rows):
-            mine = sorted((row for row in rows if row["guide"] == guide), key=lambda row: row["scale"])
-            axis.plot([row["scale"] for row in mine], [row[metric] for row in mine], "o-", markersize=4, label=guide)
+            mine = [row for row in rows if row["guide"] == guide]
+            scales = sorted({row["scale"] for row in mine})
+            found = [[row[metric] for row in mine if row["scale"] == scale] for scale in scales]
+            middle = [statistics.mean(some) for some in found]
+            spread = [(max(some) - min(some)) / 2 for some in found]
+            axis.errorbar(scales, middle, spread, fmt="o-", markersize=4, capsize=2, label=guide)
         axis.set(title=metric.replace("_", " "), xlabel="scale")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
@@ -89,19 +95,19 @@ def main(options: Options) -> list[dict[str, Any]]:
     settings: dict[str, Any] = {"weights": model_digest(pipe), "judge": open_extractor(str(options.judge)).digest}
     settings |= {"steps": options.steps or pipe.model.defaults.steps, "prompts": options.prompts}
     rows = results_before(options.out, settings)
-    for guide, call in kinds.items():
-        for scale in options.scales:
-            if any((row["guide"], row["scale"]) == (guide, scale) for row in rows):
-                continue
-            if scale == 1 and (alike := [row for row in rows if row["scale"] == 1]):
-                rows.append(alike[0] | {"guide": guide})  # whatever would guide: nothing does
-                continue
-            with guided_by(weaker) if weaker and guide.startswith("weaker") else nullcontext():
-                call = call | {"guidance_scale": scale, "steps": options.steps}
-                found = painted(pipe, options.judge, options.prompts, **call)
-            rows.append({"guide": guide, "scale": scale, **found})
-            print(guide, scale, ", ".join(f"{metric} {found[metric]:.3g}" for metric in METRICS))
-            write_aside(options.out, {"settings": settings, "machine": described(), "rows": rows})
+    points = [(guide, scale, seed) for guide in kinds for scale in options.scales for seed in options.seeds]
+    done = {(row["guide"], row["scale"], row["seed"]) for row in rows}
+    for guide, scale, seed in (point for point in points if point not in done):
+        alike = [row for row in rows if (row["scale"], row["seed"]) == (scale, seed)]
+        if scale == 1 and alike:
+            rows.append(alike[0] | {"guide": guide})  # whatever would guide: nothing does
+            continue
+        with guided_by(weaker) if weaker and guide.startswith("weaker") else nullcontext():
+            call = kinds[guide] | {"guidance_scale": scale, "steps": options.steps}
+            found = painted(pipe, options.judge, options.prompts, seed=seed, **call)
+        rows.append({"guide": guide, "scale": scale, "seed": seed, **found})
+        print(guide, scale, seed, ", ".join(f"{metric} {found[metric]:.3g}" for metric in METRICS))
+        write_aside(options.out, {"settings": settings, "machine": described(), "rows": rows})
     plot(rows, options.out.with_suffix(".png"))
     return rows
 

@@ -1,15 +1,19 @@
 """What might make the bundled model better, one change at a time, the same short training each:
 
-    python benchmarks/leads.py --vae runs/bundled-vae --clip runs/bundled-clip --judge runs/pictograms-recogniser
+    python benchmarks/leads.py --vae bundled --clip bundled --judge runs/pictograms-recogniser
 
-A small U-Net between the bundled model's autoencoder and text encoder sees as many pictograms of a quarter of its
-objects every time, with one thing changed: a setting, or the latents (`--vaes runs/other-vae …`). Of each: what the
-judge finds right (objects, styles) in samples of pairs trained on and held out, the Fréchet distance of all these to
-fresh drawings in the judge's features, the validation error by noise level, what the autoencoder loses, and the
-training's time beside the base's. "seed" is the base once more: differences that are not larger than its own say
-nothing (it also holds out other pictures for its validation errors, as leads in other latents do of another kind). What
-the project has no flag for is changed here. Held-out pairs are the half of them that `atelier evaluate` leaves alone:
-what is chosen here can be measured there. What is finished is kept in --work, and --out grows lead by lead.
+A small U-Net between the bundled model's autoencoder and text encoder sees as many pictograms every time, with one
+thing changed: a setting, or the latents (`--vaes runs/other-vae …`). Its objects are those that have a pair of object
+and style among the held-out ones that `atelier evaluate` leaves alone: what is chosen here can be measured there. Of
+each lead: what the judge finds right (objects, styles) in samples of pairs trained on and held out, and how sure it is
+of that (mean log-probability, which says more than a share); the Fréchet distance of all these to fresh drawings in the
+judge's features, the validation error by noise level, what the autoencoder loses, and the training's time beside the
+base's.
+
+NAME@SEED is a lead with another seed, "base@1" and so on the base: differences that are not larger than theirs say
+nothing (another seed holds out other pictures, too, and leads in other latents have validation errors of another kind).
+What the project has no flag for is changed here. What is finished is kept in --work, and --out grows lead by lead; one
+that fails is left out, and said in the end. The base keeps earlier checkpoints, for benchmarks/guides.py --weaker.
 """
 
 import json
@@ -29,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from PIL import Image
 from torch import Tensor
 
 import train.ldm
@@ -36,14 +41,15 @@ from benchmarks.machine import described, needs
 from pipelines import TextToImagePipeline
 from pipelines.files import newest
 from pipelines.find import find_model
-from train.data import written_aside
+from train.data import to_unit, written_aside
 from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge, reconstruction_psnr
-from train.extractors import open_extractor
+from train.extractors import open_extractor, resized
 from train.metrics import Moments, frechet_distance
 from train.objective import Objective, denoising
 from train.pictograms import Row, captions, chosen, objects_of
 from train.pictures import digest
 from train.presets import PRESETS, THREE_LEVELS
+from train.recogniser import Recogniser, as_seen
 from train.samples import NOISES
 from train.settings import Config
 from train.sources import open_source
@@ -63,10 +69,10 @@ class Options:
     judge: Path  # a run of train/recogniser.py --preset pictograms
     leads: tuple[str, ...] = ()  # by default all
     vaes: tuple[str, ...] = ()  # more autoencoders, each of which is a lead, too
-    every: int = 4  # of the everyday objects one in so many, which are learnt as much sooner
-    updates: int = 800
+    every: int = 1  # of the objects with a pair to choose by, one in so many
+    updates: int = 520
     batch: int = 64
-    prompts: int = 200  # pairs that were trained on, and as many held out
+    prompts: int = 360  # of pairs that were trained on, and as many held out
     size: int | None = None  # of the pictures; by default the autoencoder's
     out: Path = RESULTS / "leads.json"
     work: Path = Path("runs/leads")
@@ -94,8 +100,9 @@ def replaced(**functions: Any) -> Iterator[None]:
 
 @contextmanager
 def soft_min_snr(_: Options) -> Iterator[Goal]:
-    """gamma SNR / (SNR + gamma) on x_0's square error, gamma 4 (arXiv:2401.11605, section 3.4)."""
-    yield lambda *given: denoising(*given)._replace(weight=lambda sigma: 4 / (1 + 4 * sigma**2))
+    """gamma SNR / (SNR + gamma) on x_0's square error (arXiv:2401.11605, section 3.4). Their gamma is 4 for pixels of
+    deviation 0.5: it lies where noise is as large as the data, which for latents of deviation 1 is 1."""
+    yield lambda *given: denoising(*given)._replace(weight=lambda sigma: 1 / (1 + sigma**2))
 
 
 @contextmanager
@@ -132,7 +139,8 @@ def power_ema(_: Options) -> Iterator[Goal]:
 @contextmanager
 def aligned(options: Options) -> Iterator[Goal]:
     """The middle of the U-Net shall point where this project's CLIP sees the clean picture, for the first 40% of the
-    updates (after REPA, arXiv:2410.06940; without its projector: the first channels are taken as they are)."""
+    updates (after REPA, arXiv:2410.06940; without its projector and its positions: the first channels are taken as they
+    are, and features from the mean of those seen so far, which all pictures share)."""
     clip = open_extractor(options.clip)
     known: dict[int, Tensor] = {}  # row -> feature; each picture is decoded and seen once
     now: dict[str, Any] = {}
@@ -150,7 +158,8 @@ def aligned(options: Options) -> Iterator[Goal]:
         if not feed.rehearses and update < 0.4 * config.updates:
             if new := [i for i, row in enumerate(rows) if row not in known]:
                 known.update(zip([rows[i] for i in new], features(batch.x0[new]), strict=True))
-            now["wanted"] = torch.stack([known[row] for row in rows]).to(batch.x0)
+            mean = torch.stack(list(known.values())).mean(0)
+            now["wanted"] = F.normalize(torch.stack([known[row] for row in rows]) - mean, dim=1).to(batch.x0)
         return batch
 
     @torch.no_grad()
@@ -187,35 +196,52 @@ class Lead:
 RECIPE = PRESETS["bundled"]
 LEADS = {
     "base": Lead("the bundled model's: Muon 3e-3, v, log-normal noise about 0.7 ± 1.5, no attention at 16×16"),
-    "seed": Lead("the base with another seed", {"seed": 1}),
-    "muon-2e-3": Lead("Muon at 2e-3", {"learning_rate": 2e-3}),
     "muon-5e-3": Lead("Muon at 5e-3", {"learning_rate": 5e-3}),
     "adamw": Lead("AdamW at 1e-3", {"optimizer": "adamw", "learning_rate": 1e-3}),
+    "adamw-2e-3": Lead("AdamW at 2e-3", {"optimizer": "adamw", "learning_rate": 2e-3}),
     "attention": Lead(
         "attention at 16×16, too",
         {"unet": replace(UNET, down_block_types=EVERYWHERE[0], up_block_types=EVERYWHERE[1])},
     ),
     "noise-0": Lead("noise about 0", {"noise_mean": 0.0}),
     "noise-1.4": Lead("noise about 1.4", {"noise_mean": 1.4}),
-    "uniform": Lead("rows of the table, evenly", {"noise": "uniform", "noise_mean": None, "noise_std": None}),
-    "flow": Lead("straight paths, velocity", {"path": "flow", "prediction": "velocity"}),
-    "min-snr": Lead("min-SNR, 5", {"weight": "min_snr"}),
-    "soft-min-snr": Lead("soft min-SNR, 4", twist=soft_min_snr),
-    "offset": Lead("offset noise, 0.05", {"offset_noise": 0.05}),
+    "soft-min-snr": Lead("soft min-SNR", twist=soft_min_snr),
     "immiscible": Lead("noise assigned within the batch", twist=immiscible),
     "aligned": Lead("middle aligned with CLIP", twist=aligned),
-    "ema-short": Lead("EMA over 20 updates", {"ema_decay": 0.95}),
     "ema-power": Lead("power-function EMA, a tenth of the training", twist=power_ema),
 }
 
 
-def recipes(options: Options) -> dict[str, Lead]:
-    """All leads, those of autoencoders included."""
-    return LEADS | {f"vae:{vae}": Lead(f"in the latents of {vae}", {"vae": vae}) for vae in options.vaes}
+SEEDS = tuple(f"base@{seed}" for seed in (1, 2, 3))
+
+
+def recipe_of(name: str, options: Options) -> Lead:
+    """The lead of this name, that of an autoencoder included, or with another seed; ValueError where there is none."""
+    known = LEADS | {f"vae:{Path(vae).name}": Lead("in other latents", {"vae": vae}) for vae in options.vaes}
+    bare, _, seed = name.partition("@")
+    if bare not in known or not (seed.isdecimal() or bare == name):
+        raise ValueError(f"no lead {name!r}: there are {', '.join(known)}, and each with another seed as {bare}@1")
+    lead = known[bare]
+    return replace(lead, changes=lead.changes | {"seed": int(seed)}) if seed else lead
+
+
+def all_leads(options: Options) -> tuple[str, ...]:
+    """The base and its like first: a table that is cut off can be read."""
+    names = [f"vae:{Path(vae).name}" for vae in options.vaes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--vaes {' '.join(options.vaes)}: expected folders of different names, which tell them apart")
+    return tuple(dict.fromkeys(("base", *(options.leads or (*SEEDS, *LEADS, *names)))))
+
+
+@lru_cache
+def objects_for(every: int) -> tuple[str, ...]:
+    """Objects that have a held-out pair which nothing but the choice of recipes is made by."""
+    pairs = {row.object for row in draw_rows("held_out", 10**6, chosen(), PAINTED, None, choosing=True)}
+    return tuple(name for name in chosen() if name in pairs)[::every]
 
 
 def data_of(options: Options) -> str:
-    return f"pictograms:{','.join(chosen()[:: options.every])}"
+    return f"pictograms:{','.join(objects_for(options.every))}"
 
 
 def config_of(name: str, options: Options) -> Config:
@@ -231,10 +257,10 @@ def config_of(name: str, options: Options) -> Config:
         batch_size=options.batch,
         warmup=100,
         ema_decay=0.99,
-        checkpoint_every=options.updates,
-        keep=1,
+        checkpoint_every=max(1, options.updates // 4) if name == "base" else options.updates,
+        keep=4 if name == "base" else 1,
     )
-    config = replace(base, **recipes(options)[name].changes)
+    config = replace(base, **recipe_of(name, options).changes)
     known = digest(
         repr(config), weights_of(config.vae), weights_of(config.text_encoder), drawings(base.data, options.size or 128)
     )
@@ -244,9 +270,13 @@ def config_of(name: str, options: Options) -> Config:
 
 @lru_cache
 def weights_of(where: str) -> str:
-    """A hash of the weights in a model folder or a run's newest checkpoint."""
+    """A hash of the weights of a model folder's autoencoder and CLIP, or of all in a run's newest checkpoint."""
     folder = find_model(None) if where == "bundled" else newest(Path(where).expanduser())
-    return digest(*(file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))))
+    parts = [place for name in ("vae", "text_encoder", "clip") if (place := folder / name).is_dir()]
+    files = [file for place in parts or [folder] for file in sorted(place.rglob("*.safetensors"))]
+    if not files:
+        raise ValueError(f"{where} holds no weights: expected a run, or a model's folder")
+    return digest(*(file.read_bytes() for file in files))
 
 
 @lru_cache
@@ -270,7 +300,7 @@ def trained(name: str, options: Options) -> dict[str, Any]:
         errors.update(validate(*given))
         return errors
 
-    with recipes(options)[name].twist(options) as goal:
+    with recipe_of(name, options).twist(options) as goal:
         draw = train.ldm.draw_batch
 
         def timed(*given: Any, **named: Any) -> Any:  # once in the rehearsal, then once an update
@@ -279,7 +309,8 @@ def trained(name: str, options: Options) -> dict[str, Any]:
 
         with replaced(validate=noted, draw_batch=timed):
             train.ldm.main(config, goal)
-    found = {"seconds_per_update": float(np.mean(np.diff(times[1:]))), "machine": described(), "errors": errors}
+    seconds = float(np.median(np.diff(times[1:])))  # checkpoints come between some
+    found = {"seconds_per_update": seconds, "machine": described(), "errors": errors}
     write_aside(kept, found)
     return found
 
@@ -312,27 +343,52 @@ def asked_rows(prompts: int, objects: tuple[str, ...]) -> dict[str, list[Row]]:
     return rows
 
 
-def painted(pipe: TextToImagePipeline, where: Path, prompts: int, **call: Any) -> dict[str, float]:
-    """What the judge says of samples: shares of right objects and styles, a Fréchet distance to fresh drawings.
+@lru_cache(2)
+def drawn(prompts: int, objects: tuple[str, ...], size: int, where: Path) -> Moments:
+    """Of the judge's features of fresh drawings of what is asked for."""
+    rows = [row for some in asked_rows(prompts, objects).values() for row in some]
+    pictures = drawn_afresh(rows, size, None)
+    return Moments.of([open_extractor(str(where))([np.asarray(p) for p in pictures])])
 
-    where: the judge. prompts: pairs trained on, and as many held out. call: more arguments of the pipeline.
+
+@torch.no_grad()
+def sureness(judge: Recogniser, images: list[Image.Image], rows: list[Row]) -> dict[str, float]:
+    """The mean log-probability that the judge gives to what was asked for, in nats, by task."""
+    pixels = resized([np.asarray(image) for image in images], judge.config.sample_size)
+    parts = [judge(as_seen(judge.config, to_unit(part))) for part in pixels.split(100)]
+    found = {}
+    for i, (task, answers) in enumerate(judge.config.tasks):
+        asked = torch.tensor([answers.index(getattr(row, task)) for row in rows])
+        found[task] = -float(F.cross_entropy(torch.cat([part[i] for part in parts]), asked))
+    return found
+
+
+def painted(
+    pipe: TextToImagePipeline, where: Path, prompts: int, *, seed: int = PAINTED, **call: Any
+) -> dict[str, float]:
+    """What the judge says of samples: shares of right objects and styles, how sure it is of them, and a Fréchet
+    distance to fresh drawings.
+
+    where: the judge. prompts: of pairs trained on, and as many held out. seed: of the noises. call: more arguments of
+    the pipeline.
     """
     pipe.set_progress_bar_config(disable=True)
     objects = objects_of(pipe.model.defaults.data)
     judge, extractor = open_pictogram_judge(where, objects), open_extractor(str(where))
     found: dict[str, float] = {}
-    images, drawn, first = [], [], PAINTED * NOISES
+    images: list[Image.Image] = []
     for split, rows in asked_rows(prompts, objects).items():
         found |= {f"{split}_prompts": len(rows), f"{split}_pairs": len({row[:2] for row in rows})}
         asked = [captions(*row[:3])[0] for row in rows]
-        mine = []
+        mine: list[Image.Image] = []
         for i in range(0, len(asked), 50):
-            mine += pipe(asked[i : i + 50], seed=first + i, **call).images
+            mine += pipe(asked[i : i + 50], seed=seed * NOISES + len(images) + i, **call).images
         found |= {f"{split}_{task}": share for task, share in judged(judge, mine, rows).items()}
-        images, drawn, first = images + mine, drawn + rows, first + len(rows)
-    theirs = drawn_afresh(drawn, pipe.model.size, None)
-    moments = [Moments.of([extractor([np.asarray(p) for p in pictures])]) for pictures in (images, theirs)]
-    return found | {"distance": frechet_distance(*moments), "samples": len(images)}
+        found |= {f"{split}_{task}_nats": nats for task, nats in sureness(judge, mine, rows).items()}
+        images += mine
+    ours = Moments.of([extractor([np.asarray(picture) for picture in images])])
+    theirs = drawn(prompts, objects, pipe.model.size, where)
+    return found | {"distance": frechet_distance(ours, theirs), "samples": len(images)}
 
 
 def reconstructed(pipe: TextToImagePipeline) -> dict[str, Any]:
@@ -344,39 +400,52 @@ def reconstructed(pipe: TextToImagePipeline) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """A bar for each lead; the band is where the base lies with other seeds, its mean ± two deviations."""
     from matplotlib.figure import Figure
 
     names = [row["lead"] for row in rows][::-1]
     columns = {
         "held_out_object": "right objects, held-out pairs",
-        "held_out_style": "right styles, held-out pairs",
+        "held_out_object_nats": "log-probability of those, nats",
         "distance": "Fréchet distance, judge's features",
     }
     figure = Figure(figsize=(13, 0.32 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
-        axis.barh(names, [row[column] for row in rows][::-1], color=["0.6"] * (len(rows) - 1) + ["tab:blue"])
-        axis.axvline(rows[0][column], color="tab:blue", linewidth=0.8)
+        colors = ["tab:blue" if name.partition("@")[0] == "base" else "0.6" for name in names]
+        axis.barh(names, [row[column] for row in rows][::-1], color=colors)
+        alike = [row[column] for row in rows if row["lead"].partition("@")[0] == "base"]
+        if len(alike) > 1:
+            mean, spread = float(np.mean(alike)), 2 * float(np.std(alike, ddof=1))
+            axis.axvspan(mean - spread, mean + spread, color="tab:blue", alpha=0.15)
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3, axis="x")
     figure.savefig(file, dpi=110)
 
 
 def main(options: Options) -> None:
-    known = recipes(options)
-    if unknown := set(options.leads) - set(known):
-        raise ValueError(f"no lead {min(unknown)!r}: there are {', '.join(known)}")
-    settings: dict[str, Any] = {key: getattr(options, key) for key in ("every", "updates", "batch", "prompts", "size")}
+    names, settings = all_leads(options), {}
+    for key in ("every", "updates", "batch", "prompts", "size"):
+        settings[key] = getattr(options, key)
     settings |= {"vae": weights_of(options.vae)[:16], "clip": weights_of(options.clip)[:16]}
     needs("matplotlib", "scipy")
     objects = objects_of(data_of(options))  # what would be found out after hours of training is asked before
     asked_rows(options.prompts, objects)
     open_pictogram_judge(options.judge, objects)
+    open_extractor(options.clip)
+    runs = {name: config_of(name, options).output.name for name in names}
     settings["judge"] = open_extractor(str(options.judge)).digest
     rows = {row["lead"]: row for row in results_before(options.out, settings)}
-    for name in dict.fromkeys(("base", *(options.leads or known))):
-        if name not in rows:
-            about = {"lead": name, "what": known[name].what, **trained(name, options)}
+    failed = []
+    for name in names:
+        if rows.get(name, {}).get("run") != runs[name]:  # none yet, or of another recipe
+            about = {"lead": name, "what": recipe_of(name, options).what, "run": runs[name]}
+            try:
+                about |= trained(name, options)
+            except ValueError as error:  # a loss that is no number, for instance
+                print(f"{name}: {error}")
+                failed.append(name)
+                continue
             pipe = TextToImagePipeline.from_pretrained(config_of(name, options).output)
             about |= painted(pipe, options.judge, options.prompts) | reconstructed(pipe)
             same = about["machine"] == rows.get("base", about)["machine"]
@@ -384,9 +453,11 @@ def main(options: Options) -> None:
             rows[name] = about | {"time": about["seconds_per_update"] / beside if same else None}
             write_aside(options.out, {"settings": settings, "rows": list(rows.values())})
             plot(list(rows.values()), options.out.with_suffix(".png"))
-        line = "{lead}: objects {train_object:.1%} / {held_out_object:.1%}, styles {train_style:.1%} / "
-        line += "{held_out_style:.1%}, distance {distance:.3g}, seconds an update {seconds_per_update:.3g}"
-        print(line.format(**rows[name]))
+        line = "{lead}: objects {train_object:.1%} / {held_out_object:.1%} ({held_out_object_nats:.3f} nats), styles "
+        line += "{train_style:.1%} / {held_out_style:.1%}, distance {distance:.3g}, seconds an update "
+        print((line + "{seconds_per_update:.3g}").format(**rows[name]))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(names)} leads could not be trained: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -123,6 +123,9 @@ def test_latents_of_half_the_resolution_are_those_of_the_same_sample():
     close(output, ours.decode(latents))
     pooled = latents.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
     close(halved, ours.decode(pooled))
+    for turns in (1, 2, 3):
+        turned = ours(images, noise, halved=True, turns=turns)[2]
+        close(turned.rot90(turns, (2, 3)), ours.decode(pooled.rot90(turns, (2, 3))))
     assert ours(images, noise)[2] is None
 
 

@@ -12,7 +12,7 @@ import torch
 
 import train.ldm
 from pipelines import TextToImagePipeline
-from pipelines.files import save_network
+from pipelines.files import load_autoencoder, save_network
 from pipelines.folder import load_model
 from train.pictograms import GROUNDS, STYLES, things
 from train.recogniser import Recogniser, RecogniserConfig
@@ -28,7 +28,7 @@ def leads() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def options(leads: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return leads["Options"]("bundled", "nowhere", Path("nowhere"), work=tmp_path_factory.mktemp("leads"))
+    return leads["Options"]("bundled", "bundled", Path("nowhere"), work=tmp_path_factory.mktemp("leads"))
 
 
 def test_every_lead_is_one_change_of_the_base(leads: dict[str, Any], options: Any) -> None:
@@ -36,6 +36,8 @@ def test_every_lead_is_one_change_of_the_base(leads: dict[str, Any], options: An
     twisted = 0
     for name, lead in leads["LEADS"].items():
         config = leads["config_of"](name, options)  # which refuses settings that make no sense
+        checkpoints = {"checkpoint_every": base.checkpoint_every, "keep": base.keep}  # the base has more of them
+        config = replace(config, **checkpoints)
         same = replace(config, output=base.output, **{key: getattr(base, key) for key in lead.changes})
         assert same == base
         plain = lead.twist is leads["as_it_is"]
@@ -44,14 +46,21 @@ def test_every_lead_is_one_change_of_the_base(leads: dict[str, Any], options: An
     assert twisted >= 4
 
 
-def test_another_autoencoder_is_a_lead(leads: dict[str, Any], options: Any, model_folder: Path) -> None:
-    more = replace(options, vaes=("runs/one", "runs/two"))
-    assert list(leads["recipes"](more))[-2:] == ["vae:runs/one", "vae:runs/two"]
-    base, one, two = (leads["config_of"](name, more) for name in ("base", "vae:runs/one", "vae:runs/two"))
+def test_another_autoencoder_is_a_lead(leads: dict[str, Any], options: Any, model_folder: Path, tmp_path: Path) -> None:
+    more = replace(options, vaes=(str(tmp_path / "one"), str(tmp_path / "two")))
+    for name in ("one", "two"):
+        save_network(load_autoencoder(model_folder / "vae"), tmp_path / name)
+    assert leads["all_leads"](more)[-2:] == ("vae:one", "vae:two")  # and no path, which a result would carry along
+    with pytest.raises(ValueError, match="expected folders of different names"):
+        leads["all_leads"](replace(more, vaes=(*more.vaes, "other/one")))
+    base, one, two = (leads["config_of"](name, more) for name in ("base@0", "vae:one", "vae:two"))
     assert len({config.output.parent for config in (base, one, two)}) == 1
     assert len({config.output for config in (base, one, two)}) == 3
     assert replace(two, vae=base.vae, output=base.output) == base
-    assert two.vae == "runs/two"
+    assert two.vae == str(tmp_path / "two")
+    assert leads["config_of"]("vae:two@3", more).seed == 3
+    with pytest.raises(ValueError, match=r"no lead 'vae:three': there are base, .*vae:two, and each with another seed"):
+        leads["config_of"]("vae:three", more)
 
     pipe = TextToImagePipeline.from_pretrained(model_folder)
     found = leads["reconstructed"](pipe)
@@ -118,7 +127,7 @@ def test_soft_min_snr_is_half_the_harmonic_mean_with_gamma(
     sigma = torch.logspace(-2, 2, 9)
     with leads["soft_min_snr"](options) as goal:
         weight = goal(load_model(model_folder), Config(), None).weight(sigma)
-    torch.testing.assert_close(1 / weight, sigma**2 + 1 / 4)
+    torch.testing.assert_close(1 / weight, sigma**2 + 1)
 
 
 def test_immiscible_noise_is_the_batchs_own_and_nearer(

@@ -46,16 +46,17 @@ def test_leads_and_guides_from_beginning_to_end(
     places = {"out": tmp_path / "leads.json", "work": tmp_path / "work", "cache": tmp_path / "cache"}
     vae = str(model_folder / "vae")
     sizes: dict[str, Any] = {"updates": 2, "batch": 4, "prompts": 4, "size": 16, "workers": 0}
-    options = leads["Options"](vae, str(model_folder), judge, ("seed", "aligned"), **sizes, **places)
+    options = leads["Options"](vae, str(model_folder), judge, ("base@1", "aligned"), **sizes, **places)
     clip = lambda pictures: torch.stack([torch.from_numpy(p).float().mean((0, 1)) for p in pictures])  # noqa: E731
     opened = leads["open_extractor"]
     opening = lambda name: clip if name == str(model_folder) else opened(name)  # noqa: E731
     monkeypatch.setitem(leads["main"].__globals__, "open_extractor", opening)
     leads["main"](options)
     said = json.loads(places["out"].read_text())
-    assert [row["lead"] for row in said["rows"]] == ["base", "seed", "aligned"]
+    assert [row["lead"] for row in said["rows"]] == ["base", "base@1", "aligned"]
     base, seed, _ = said["rows"]
-    assert base["samples"] == 8
+    assert base["samples"] == base["train_prompts"] + base["held_out_prompts"] == 8
+    assert base["held_out_object_nats"] < 0
     assert base["latents"] == [4, 4, 4]
     assert base["time"] == 1
     assert base["errors"] != seed["errors"]
@@ -75,6 +76,7 @@ def test_leads_and_guides_from_beginning_to_end(
     monkeypatch.setitem(guides["main"].__globals__, "painted", leads["painted"])  # which knows the few objects
     model = leads["config_of"]("base", options).output
     call = {"model": str(model), "scales": (1.0, 2.0), "steps": 2, "prompts": 4, "out": tmp_path / "guides.json"}
+    call["seeds"] = (1,)
     rows = guides["main"](guides["Options"](judge, **call))
     assert [row["scale"] for row in rows] == [1, 2, 1, 2]
     assert rows[0] == rows[2] | {"guide": "null"}

@@ -21,7 +21,7 @@ from tests.lora import factors
 from tests.test_bits import silent_model
 from train.measure import Measuring, measure
 from train.recogniser import Recogniser, RecogniserConfig
-from train.samples import NOISES, NOTES, Painting, common_side, open_painter, paint_samples, read_samples
+from train.samples import NOISES, NOTES, Painting, common_side, notes_of, open_painter, paint_samples, read_samples
 from vae.autoencoder import Identity
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -74,6 +74,10 @@ def test_what_was_painted_with_is_noted(pipe: TextToImagePipeline, tmp_path: Pat
     paint_samples(pipe, ["a fox"], tmp_path / "told", replace(HOW, guidance=0.5, sampler=None), Accelerator())
     notes = json.loads((tmp_path / "told" / NOTES).read_text())
     assert (notes["guidance"], notes["sampler"]) == (1.0, sampler_of(pipe.model.scheduler))
+    earlier = {key: value for key, value in notes.items() if key != "views"} | {"guidance": 0.5, "sampler": ""}
+    (tmp_path / "told" / NOTES).write_text(json.dumps(earlier))  # as it was noted once: the same painting
+    paint_samples(pipe, ["a fox"], tmp_path / "told", replace(HOW, guidance=0.5, sampler=None), Accelerator())
+    assert notes_of(tmp_path / "told") == notes
     silent = TextToImagePipeline.from_pretrained(silent_model(tmp_path / "model", Identity(3)), device="cpu")
     paint_samples(silent, [""], tmp_path / "silent", replace(HOW, guidance=3.0), Accelerator())
     assert json.loads((tmp_path / "silent" / NOTES).read_text())["guidance"] == 1.0

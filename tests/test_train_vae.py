@@ -281,6 +281,20 @@ def test_fine_tuning_takes_the_size_of_what_it_begins_with(
         run(replace(tuned, updates=1), tmp_path / "too-large")
 
 
+def test_halved_latents_are_turned_by_all_quarters(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned = []
+    rot90 = torch.rot90
+    monkeypatch.setattr(torch, "rot90", lambda x, k, dims: turned.append(k) or rot90(x, k, dims))  # type: ignore
+    some = replace(config, updates=12, checkpoint_every=12, turned=True, loss=LossWeights(halved=0.25))
+    run(some, tmp_path / "whole")
+    assert turned[1::2] == [-k for k in turned[::2]]  # there and back
+    assert set(turned[::2]) == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="turned: True before, False now"):
+        run(replace(some, turned=False), tmp_path / "whole")
+
+
 def test_pictures_need_no_captions_but_stay_the_same(config: Config, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -375,6 +389,7 @@ def test_the_perceptual_loss_goes_where_the_pictures_are(
         ({"clip": 0.0}, "--clip 0.0: expected above 0"),
         ({"size": None}, "--size is missing"),
         ({"loss": LossWeights(0, 0, 0, 1)}, "--loss has no weight for how near"),
+        ({"turned": True}, "--turned is of --loss.halved"),
         ({"loss": LossWeights(0, 0, 0, 0, halved=0.5, elbo=1)}, "--loss.halved is of"),
     ],
 )

@@ -37,6 +37,7 @@ from train.samples import (
     is_model,
     is_told,
     model_digest,
+    notes_of,
     open_painter,
     paint_samples,
     prompts_of,
@@ -219,7 +220,7 @@ def _of_features(
     training = learnt = None
     if how.training:
         plain = replace(how, template="")
-        views = pipe.model.defaults.views if pipe else 1
+        views = pipe.model.defaults.views if pipe else notes_of(how.model).get("views", 1)
         real = _open_real(plain, "training", size, needed=False, views=views)
         training = open_set(real, extractor, how.cache)
         if pipe is not None and isinstance(pipe.model.vae, Autoencoder):

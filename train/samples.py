@@ -112,7 +112,7 @@ def paint_samples(
     notes["guidance_interval"] = list(defaults.guidance_interval) if defaults.guidance_interval else None
     notes |= {"loras": pipe.loras or None, "first_noise": first}
     notes |= {"dtype": str(pipe.dtype).removeprefix("torch."), "batch": how.batch}
-    notes["prompts"] = reference if any(prompts) else ""
+    notes |= {"prompts": reference if any(prompts) else "", "views": defaults.views}
     folder.mkdir(parents=True, exist_ok=True)
     _check_notes(folder, notes, accelerator, guided=is_told(pipe))
     files = [folder / f"{i:06d}.png" for i in range(len(prompts))]
@@ -142,9 +142,9 @@ def _check_notes(folder: Path, notes: dict[str, Any], accelerator: Accelerator, 
     """Writes them where there are no pictures yet; ValueError where some are there that were painted otherwise."""
     file, before = folder / NOTES, notes
     if any(f.suffix in PICTURES for f in folder.iterdir()):
-        before = json.loads(file.read_text()) if file.is_file() else {}
+        before = notes_of(folder)
         # Of earlier versions, whose seeds were not apart, and who noted what was asked for:
-        before.setdefault("first_noise", before.get("seed"))
+        before = {"first_noise": before.get("seed"), "views": notes["views"], **before}
         before["sampler"] = before.get("sampler") or notes["sampler"]
         before["guidance"] = max(1.0, before.get("guidance", 1.0)) if guided else 1.0
     if changed := [key for key in notes if before.get(key) != notes[key]]:
@@ -159,6 +159,12 @@ def _check_notes(folder: Path, notes: dict[str, Any], accelerator: Accelerator, 
     if accelerator.is_main_process:
         with written_aside(file) as partial:
             partial.write_text(json.dumps(notes, indent=2) + "\n")
+
+
+def notes_of(folder: str | Path) -> dict[str, Any]:
+    """What the pictures of a folder were painted with, where it says so."""
+    file = Path(folder).expanduser() / NOTES
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def is_model(where: str) -> bool:

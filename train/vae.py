@@ -85,6 +85,7 @@ class Config:
     clip: float = 1.0  # largest norm of the gradient
     mirror: bool = True  # train on mirrored crops, too
     loss: LossWeights = field(default_factory=LossWeights)
+    turned: bool = False  # what loss.halved decodes is turned by quarters, too (EQ-VAE, arXiv:2502.09509, equation 4)
     discriminator_width: int = 32  # of the patch discriminator, used when loss.adversarial > 0
     mixed_precision: MixedPrecision | None = None  # None: what the launcher was told
     seed: int = 0
@@ -106,6 +107,8 @@ class Config:
         shown = (self.loss.pixel, self.loss.squared, self.loss.gradient)
         if not any((*shown, self.loss.elbo, self.loss.perceptual)):
             raise ValueError("--loss has no weight for how near a picture comes to its own: give --loss.pixel one")
+        if self.turned and not self.loss.halved:
+            raise ValueError("--turned is of --loss.halved, which is 0: give it a weight, 0.25 for instance")
         if self.loss.halved and not any(shown):
             raise ValueError("--loss.halved is of --loss.pixel, .squared and .gradient, which are 0: leave it out")
         if self.loss.adversarial and self.crop < 24:
@@ -333,7 +336,8 @@ def main(config: Config) -> Path:
         noise = noise.to(accelerator.device)
 
         with accelerator.autocast():
-            output, posterior, halved = network(images, noise, config.loss.halved > 0)
+            turns = int(torch.randint(4, (), generator=generator(config.seed, update))) if config.turned else 0
+            output, posterior, halved = network(images, noise, config.loss.halved > 0, turns)
         loss, terms = autoencoder_loss(output, images, posterior, config.loss, perceptual, halved, mean)
         if weight := adversarial_weight(config.loss, update):
             judge.requires_grad_(False)

@@ -257,17 +257,22 @@ class Autoencoder(Network):
         return _in_parts(self.decoder, z, z.shape[2] * z.shape[3] * self.downscale**2)
 
     def forward(
-        self, images: Tensor, noise: Tensor | None = None, halved: bool = False
+        self, images: Tensor, noise: Tensor | None = None, halved: bool = False, turns: int = 0
     ) -> tuple[Tensor, Posterior, Tensor | None]:
         """One training pass.
 
         Returns:
             The reconstruction of a sample of the posterior, or of its mode without noise; the posterior; with `halved`
-            what the same latents give at half their resolution, [B, out_channels, H / 2, W / 2].
+            what the same latents give at half their resolution, turned by so many quarters and the picture back again,
+            [B, out_channels, H / 2, W / 2].
         """
         posterior = self.encode(images)
         latents = posterior.mode if noise is None else posterior.sample(noise)
-        return self.decode(latents), posterior, self.decode(F.avg_pool2d(latents, 2)) if halved else None
+        output = self.decode(latents)
+        if not halved:
+            return output, posterior, None
+        small = torch.rot90(F.avg_pool2d(latents, 2), turns, (2, 3))
+        return output, posterior, torch.rot90(self.decode(small), -turns, (2, 3))
 
     @property
     def last_layer(self) -> Tensor:
