@@ -131,9 +131,8 @@ def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Object
 
 def layout_of(network: nn.Module) -> torch.memory_format:
     """Of a network's convolutions in memory."""
-    last = (w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in network.parameters()
-            if w.ndim == 4)  # fmt: skip
-    return torch.channels_last if any(last) else torch.contiguous_format
+    last = any(w.ndim == 4 and not w.is_contiguous() for w in network.parameters())
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def unconditional(contexts: Callable[[list[str]], Context], context: Context, count: int) -> Context:
