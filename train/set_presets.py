@@ -206,9 +206,9 @@ SMALL_SETS = {
     # pictures (features of `train/recogniser.py --preset cifar10`, no FID): twelve steps, guidance 2 between 0.3 and 5
     # 58.5, 4 there 47.5; ten, 4 between 0.3 and 20 43.0; eight, 4 between 0.05 and 80 41.7, but specks. "cifar10"
     # gains nothing by the like: twelve steps at 2 90.5, nine at 4.5 113, as it is 93.9.
-    # Trainings of ten minutes mislead: batches of 32 at 4e-3, less noise and no attention (nor text) on 8×8 brought those
-    # from 90 to 75 (noise about -1.2) and 71 (-1.6), but give 57.3 after the hour (-1.4), with larger errors from sigma
-    # 0.5 on.
+    # Trainings of ten minutes mislead: batches of 32 at 4e-3, less noise and no attention (nor text) on 8×8 brought
+    # those from 90 to 75 (noise about -1.2) and 71 (-1.6), but give 57.3 after the hour (-1.4), with larger errors from
+    # sigma 0.5 on.
     "cifar10-fast": replace(
         PHOTOS,
         text_encoder="bundled",
