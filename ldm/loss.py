@@ -34,9 +34,13 @@ class UniformTime:
         return schedule.clamp(schedule.sigma(u))
 
     def density(self, sigma: Tensor) -> Tensor:
-        """Probability density of log(sigma); of sigma's shape. Rows of a table have none."""
+        """Probability density of log(sigma), infinite at a level that the clamp makes of many; of sigma's shape.
+
+        Raises ValueError for the rows of a table, which have none.
+        """
         if isinstance(self.schedule, RectifiedFlow):
-            return sigma / (1 + sigma) ** 2  # log(sigma) is the logit of t, so its distribution is the logistic one
+            density = sigma / (1 + sigma) ** 2  # log(sigma) is the logit of t, so its distribution is the logistic one
+            return _uncut(density, sigma, self.schedule)
         if isinstance(self.schedule, EDM):
             return torch.full_like(sigma, 1 / math.log(self.schedule.sigma_max / self.schedule.sigma_min))
         raise ValueError("the rows of a beta table have no density: take their own ELBO weight, DiscreteELBO")
@@ -68,10 +72,7 @@ class LogNormal:
         """Probability density of log(sigma), infinite at a level that the cut makes of many; of sigma's shape."""
         z = (sigma.log() - self.mean) / self.std
         density = (-(z**2) / 2).exp() / (self.std * math.sqrt(2 * math.pi))
-        if self.schedule is None:
-            return density
-        least, most = self.schedule.clamp(sigma.new_tensor([0.0, math.inf]))
-        return density.where((least < sigma) & (sigma < most), math.inf)
+        return _uncut(density, sigma, self.schedule) if self.schedule else density
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,12 @@ def _noised(x0: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 def _mean(values: Tensor) -> Tensor:
     """Over all but the first dimension: [B]."""
     return values.flatten(1).mean(1)
+
+
+def _uncut(density: Tensor, sigma: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The density, infinite at both ends of the schedule's range, where a clamp gathers levels."""
+    least, most = schedule.clamp(sigma.new_tensor([0.0, math.inf]))
+    return density.where((least < sigma) & (sigma < most), math.inf)
 
 
 def _inside(u: Tensor) -> Tensor:

@@ -67,6 +67,18 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-4)
 
 
+@pytest.mark.parametrize("at_once", [100, 800, 2**16])
+def test_parts_of_a_batch_are_the_batch(at_once, monkeypatch):
+    """However few pixels are worked on at once, also fewer than one picture has."""
+    monkeypatch.setattr("vae.autoencoder.PIXELS_AT_ONCE", at_once)
+    ours, _ = pair()
+    images = torch.rand(5, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    whole = ours.encode(images).mean  # with gradients all are taken at once
+    with torch.no_grad():
+        close(ours.encode(images).mean, whole.detach())
+        close(ours.decode(whole), ours.requires_grad_(False).decode(whole))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_encode_and_decode_equal_diffusers_with_the_scaling_inside(name):
     ours, theirs = pair(**CONFIGS[name])

@@ -12,11 +12,12 @@ from PIL import Image
 
 import train.ldm
 from conditioning.context import Context
+from ldm.guidance import classifier_free
 from pipelines import TextToImagePipeline
 from pipelines.files import read_json, write_json
 from pipelines.folder import load_model
 from tests.training import COLOURS, Killed, kill_at, state
-from train.distill import PRESETS, Config, layout_of, main, unconditional
+from train.distill import PRESETS, Config, distilling, layout_of, main, unconditional
 from train.settings import Config as Settings
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -115,6 +116,23 @@ def test_a_killed_distillation_ends_the_same(config: Config, tmp_path: Path, mon
             main(job)
     again = state(main(job))
     assert all(weight.equal(again["weights"][name]) for name, weight in whole["weights"].items())
+
+
+@pytest.mark.parametrize("interval", [None, (0.5, 3.0)])
+@pytest.mark.parametrize(("asked", "scale"), [(None, 3.0), (1.0, 1.0), (7.0, 7.0)])
+def test_the_teacher_is_guided_as_it_was_asked_for(
+    model_folder: Path, config: Config, tmp_path: Path, asked: float | None, scale: float, interval: tuple | None
+) -> None:
+    """By default at its own scale, and in its own interval in any case."""
+    teacher = shutil.copytree(model_folder, tmp_path / "teacher")
+    write_json(teacher / "atelier.json", read_json(teacher / "atelier.json") | {"guidance_interval": interval})
+    student = load_model(teacher)
+    goal = distilling(replace(config, model=str(teacher), teacher_guidance=asked))(student, config, student.conditioner)
+    draw = torch.Generator().manual_seed(0)
+    x, sigma = torch.randn(3, 4, 4, 4, generator=draw), torch.tensor([0.2, 1.0, 9.0])
+    told, null = student.conditioner(["a fox", "a red square", "blue"]), student.conditioner([""] * 3)
+    wanted = classifier_free(load_model(teacher).denoiser, told, null, scale, interval=interval)(x, sigma)
+    torch.testing.assert_close(goal.loss.teacher(x, sigma, told), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_the_null_is_told_of_what_is_no_text() -> None:

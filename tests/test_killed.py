@@ -86,6 +86,9 @@ def test_a_run_killed_at_random_ends_with_the_same_bytes(settings: dict, tmp_pat
 def test_what_dropout_leaves_out_is_the_same_again(settings: dict, tmp_path: Path) -> None:
     drops = settings | {"unet": settings["unet"] | {"dropout": 0.5}, "cache": tmp_path / "cache"}
     run_killed(drops | {"output": tmp_path / "whole"})
+    run_killed(settings | {"cache": tmp_path / "cache", "output": tmp_path / "without"})
+    dropped, kept = (state(tmp_path / run)["weights"] for run in ("whole", "without"))
+    assert any(not weight.equal(kept[name]) for name, weight in dropped.items())
     told = run_killed(drops | {"output": tmp_path / "told"}, signals=("SIGTERM",))
     assert told["codes"][0] == [128 + signal.SIGTERM]
     same(tmp_path / "whole", tmp_path / "told")

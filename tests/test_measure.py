@@ -12,17 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
+import train.measure
 from pipelines import TextToImagePipeline
 from pipelines.files import save_network
 from tests.conftest import tiny_text_encoder
 from tests.test_bits import silent_model
 from tests.test_extractors import CLIP
 from tests.test_launch import ACCELERATE, ROOT, run
+from tests.test_metrics import by_definition
 from train.bits import measure_bits
 from train.clip_model import load_clip, save_clip
 from train.data import fit, to_unit
+from train.extractors import Extractor, open_extractor
 from train.measure import Measuring, measure
-from train.metrics import Moments, frechet_distance
+from train.metrics import Moments, frechet_distance, kernel_distance
 from train.neighbours import in_words
 from train.recogniser import Recogniser, RecogniserConfig, load_recogniser
 from train.samples import NOISES, Painting, is_model
@@ -131,13 +134,77 @@ def test_its_pictures_give_the_same_numbers(
 
 
 def test_the_distance_is_that_of_the_pictures(whole: tuple[dict, Path], extractor: Path, reference: Path) -> None:
-    from train.extractors import open_extractor
-
     network = open_extractor(str(extractor))
     files = sorted((whole[1] / "samples").glob("*.png")), sorted(reference.glob("*.png"))
     ours, theirs = (network([fit(Image.open(f).convert("RGB"), 16) for f in group]) for group in files)
     wanted = frechet_distance(Moments.of([ours]), Moments.of([theirs]))
     assert values(whole[0])["frechet"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_few_near_copies_have_precision_and_no_recall(
+    measuring: Measuring, reference: Path, extractor: Path, tmp_path: Path
+) -> None:
+    """Which of the two is which; and the kernel's distance of features over the reference's root mean square."""
+    pictures, rng = tmp_path / "copies", np.random.default_rng(1)
+    pictures.mkdir()
+    first = np.asarray(fit(Image.open(reference / "00.png").convert("RGB"), 16)).astype(int)
+    for i in range(20):
+        copy = (first + rng.integers(-2, 3, first.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(copy).save(pictures / f"{i:02d}.png")
+    how = replace(measuring, model=str(pictures), samples=None, metrics="kid,precision,recall", out=tmp_path / "out")
+    found = values(measure(how))
+    network = open_extractor(str(extractor))
+    ours, theirs = (
+        network([fit(Image.open(f).convert("RGB"), 16) for f in sorted(folder.glob("*.png"))])
+        for folder in (pictures, reference)
+    )
+    m, n = ours.double().numpy(), theirs.double().numpy()
+    assert found["precision"] == pytest.approx(by_definition(m, n, 3))
+    assert found["recall"] == pytest.approx(by_definition(n, m, 3))
+    assert found["precision"] > found["recall"]
+    scale = float(theirs.square().mean().sqrt())
+    assert found["kernel"] == pytest.approx(kernel_distance(theirs / scale, ours / scale)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "fids", "called"),
+    [
+        ("inception", True, {"fid": "FID", "kid": "KID"}),
+        (
+            "inception:my.pth",
+            False,
+            {
+                "frechet": "Fréchet distance, Inception weights of my.pth",
+                "kernel": "kernel distance on inception:my.pth features (not KID)",
+            },
+        ),
+    ],
+)
+def test_only_fids_own_weights_give_what_is_called_fid(
+    measuring: Measuring, name: str, fids: bool, called: dict[str, str]
+) -> None:
+    """And Inception's features alone are of the size that the kernel was made for."""
+
+    class Features:
+        def __init__(self, seed: int):
+            self.rows = 3 * torch.randn(20, 4, generator=torch.Generator().manual_seed(seed))
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def features(self, most: int) -> torch.Tensor:
+            return self.rows
+
+        def moments(self) -> Moments:
+            return Moments.of([self.rows])
+
+    ours, theirs = Features(0), Features(1)
+    extractor = Extractor(name, torch.nn.Identity(), 299, torch.nn.Identity(), is_fids=fids, reads="nothing")
+    how = replace(measuring, metrics="fid,kid")
+    found = list(train.measure._numbers(how, ours, theirs, extractor, extractor, theirs))  # type: ignore[arg-type]
+    assert {one["metric"]: one["name"] for one in found} == called
+    assert found[0]["value"] == pytest.approx(frechet_distance(ours.moments(), theirs.moments()))
+    assert found[1]["value"] == pytest.approx(kernel_distance(theirs.rows, ours.rows)[0])
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -52,6 +53,30 @@ def test_everything_at_once(
     pipe.load_embedding(word)
     same = pipe("a <cat>", image=Image.open(picture), mask=half, width=24, height=12, seed=3, steps=2).images[0]
     assert np.abs(pixels(out) - np.asarray(same, np.float32)).max() <= 1
+
+
+def test_every_flag_reaches_the_pipeline(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict] = []
+    paint = TextToImagePipeline.__call__
+
+    def noted(self: TextToImagePipeline, prompt: str, **named: Any) -> Any:
+        calls.append({"prompt": prompt} | named)
+        return paint(self, prompt, steps=1)
+
+    monkeypatch.setattr(TextToImagePipeline, "__call__", noted)
+    picture, mask = tmp_path / "in.png", tmp_path / "mask.png"
+    Image.new("RGB", (16, 16), "orange").save(picture)
+    Image.new("L", (16, 16)).save(mask)
+    words = ["a fox", "--model", model_folder, "--device", "cpu", "--out", tmp_path / "out.png", "--seed", 5]
+    words += ["--steps", 7, "--guidance", 2.5, "--negative", "blue", "--sampler", "ddim", "--height", 20, "--width", 24]
+    words += ["--classifier", "runs/judge", "--classifier-scale", 3.5, "--strength", 0.4]
+    call(monkeypatch, *words, "--image", picture, "--mask", mask)
+    (given,) = calls
+    assert given.pop("image").size == given.pop("mask").size == (16, 16)
+    numbers = {"steps": 7, "guidance_scale": 2.5, "height": 20, "width": 24, "classifier_scale": 3.5, "strength": 0.4}
+    numbers |= {"seed": 5, "num_images_per_prompt": 1}
+    said = {"prompt": "a fox", "negative_prompt": "blue", "sampler": "ddim", "classifier": Path("runs/judge")}
+    assert given == numbers | said
 
 
 def test_one_weight_for_all(tmp_path: Path, model_folder: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:

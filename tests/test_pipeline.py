@@ -84,6 +84,41 @@ def test_negative_prompt_and_guidance_change_the_picture(pipe: TextToImagePipeli
     assert np.abs(plain - pixels(pipe(PROMPTS[0], seed=1, negative_prompt="a fox").images[0])).max() > 0
 
 
+def test_a_list_of_negative_prompts_is_one_for_each_prompt(pipe: TextToImagePipeline) -> None:
+    call = {"steps": 2, "output_type": "pt", "guidance_scale": 4.0}
+    group = pipe(PROMPTS, negative_prompt=["a fox", "blue"], num_images_per_prompt=2, seed=5, **call).images
+    for i, (prompt, negative) in enumerate(zip(PROMPTS, ("a fox", "blue"), strict=True)):
+        alone = pipe(prompt, negative_prompt=negative, seed=5 + 2 * i, **call).images
+        torch.testing.assert_close(group[2 * i], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_eta_reaches_ddim(pipe: TextToImagePipeline) -> None:
+    """At 1 it is DDPM with the small variance (arXiv:2010.02502, equation 16)."""
+    call = {"seed": 1, "steps": 6, "spacing": "trailing", "output_type": "pt"}
+    ddpm = pipe(PROMPTS[0], sampler="ddpm", variance="small", **call).images
+    torch.testing.assert_close(pipe(PROMPTS[0], sampler="ddim", eta=1.0, **call).images, ddpm, atol=1e-3, rtol=1e-3)
+    assert (pipe(PROMPTS[0], sampler="ddim", eta=0.0, **call).images - ddpm).abs().max() > 0.01
+
+
+def test_clip_skip_is_of_one_call(pipe: TextToImagePipeline, xl_folder: Path) -> None:
+    xl = TextToImagePipeline.from_pretrained(xl_folder, device="cpu")
+    xl.set_progress_bar_config(disable=True)
+    for pipeline in (pipe, xl):
+        conditioner = pipeline.model.conditioner
+        call = {"seed": 1, "steps": 2, "output_type": "pt"}
+        plain, skipped = (pipeline(PROMPTS[0], clip_skip=skip, **call).images for skip in (None, 1))
+        assert not torch.allclose(plain, skipped, atol=1e-4)
+        assert pipeline(PROMPTS[0], **call).images.equal(plain)  # it is as it was
+        before, conditioner.clip_skip = conditioner.clip_skip, 1
+        assert pipeline(PROMPTS[0], **call).images.equal(skipped)
+        conditioner.clip_skip = before
+
+
+def test_pictures_are_the_nearest_of_256_levels(pipe: TextToImagePipeline) -> None:
+    numbers, image = (pipe(PROMPTS[0], seed=1, steps=2, output_type=kind).images[0] for kind in ("np", "pil"))
+    np.testing.assert_array_equal(np.asarray(image), (numbers * 255).round())
+
+
 def test_callback_sees_every_step(pipe: TextToImagePipeline) -> None:
     seen: list[tuple[int, float]] = []
     pipe(PROMPTS[0], steps=5, callback=lambda i, sigma, x, x0: seen.append((i, sigma)))

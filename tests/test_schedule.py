@@ -20,6 +20,7 @@ from diffusers import (
 
 from ldm.samplers import SAMPLERS
 from ldm.schedule import EDM, SIGMA_INFINITY, Grid, RectifiedFlow, VariancePreserving, step_grid
+from pipelines.folder import schedule_from
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TABLES = {
@@ -63,6 +64,26 @@ def test_tables_are_those_of_diffusers(ours, config):
     theirs = DDPMScheduler(**config)
     assert torch.equal(ours.betas, theirs.betas)
     assert torch.equal(ours.alphas_cumprod.float(), theirs.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "num_train_timesteps": 500},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 300, "beta_start": 0.1},
+        {"trained_betas": [0.01, 0.02, 0.05, 0.3]},
+        {"rescale_betas_zero_snr": True, "beta_end": 0.012},
+    ],
+    ids=lambda config: " ".join(config),
+)
+def test_tables_of_scheduler_configs_are_those_of_diffusers(config):
+    theirs = DDPMScheduler(**config)
+    ours, _ = schedule_from(dict(theirs.config))
+    wanted = theirs.alphas_cumprod.double()
+    kept = wanted > 1e-6  # pure noise is clamped
+    torch.testing.assert_close(ours.alphas_cumprod.double()[kept], wanted[kept], rtol=2e-5, atol=0)
+    assert ours.entries == len(wanted)
 
 
 def test_the_zero_terminal_table_is_that_of_diffusers_and_ends_at_the_clamp():

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from conditioning.context import Unconditional
 from ldm.denoiser import Denoiser
 from ldm.schedule import VariancePreserving
+from ldm.unet import UNet
 from pipelines import TextToImagePipeline
 from pipelines.folder import load_model
 from tests.training import COLOURS, UNET, paint, state, weights
@@ -166,17 +168,36 @@ def test_validation_is_the_error_on_fixed_noise() -> None:
     assert list(parts.values()) == pytest.approx(list(found.values()), rel=1e-5)
 
 
-def test_gradient_checkpointing_changes_memory_alone(latents: Config, tmp_path: Path) -> None:
-    plain = weights(main(replace(latents, output=tmp_path / "plain", updates=1)))
-    saving = weights(main(replace(latents, output=tmp_path / "saving", updates=1, gradient_checkpointing=True)))
-    for name, weight in plain.items():
-        torch.testing.assert_close(saving[name], weight, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("batch_size", [3, 7])
+def test_validation_tells_each_picture_its_own_caption(batch_size: int) -> None:
+    class Told(torch.nn.Module):
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return value.view(-1, 1, 1, 1).expand_as(x)
+
+    mean = torch.arange(7.0).view(-1, 1, 1, 1).expand(7, 3, 2, 2)
+    set_ = Latents(mean.half(), torch.zeros_like(mean).half(), [(str(i), "another") for i in range(7)])
+    model = SimpleNamespace(denoiser=Denoiser(Told(), VariancePreserving.scaled_linear(), "sample"), inpaints=False)
+    told = lambda captions: {"value": torch.tensor([float(caption) for caption in captions])}  # noqa: E731
+    found = validate(model, set_, told, torch.device("cpu"), batch_size)  # type: ignore[arg-type]
+    assert list(found.values()) == pytest.approx([0.0] * 5, abs=1e-9)
 
 
-def test_bfloat16_trains_float32_weights(latents: Config, tmp_path: Path) -> None:
+def test_bfloat16_trains_float32_weights(latents: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[torch.dtype] = []
+    forward = UNet.forward
+
+    def noted(self: UNet, *args: Any, **named: Any) -> torch.Tensor:
+        hook = self.conv_in.register_forward_hook(lambda _, __, output: computed.append(output.dtype))
+        try:
+            return forward(self, *args, **named)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(UNet, "forward", noted)
     AcceleratorState._reset_state(reset_partial_state=True)
     run = main(replace(latents, output=tmp_path, mixed_precision="bf16"))
     AcceleratorState._reset_state(reset_partial_state=True)
+    assert torch.bfloat16 in computed
     found = state(run)
     for tensors in (weights(run), found["weights"], found["optimizer"]["state"][0]):
         assert {t.dtype for t in tensors.values()} == {torch.float32}

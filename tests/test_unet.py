@@ -104,6 +104,20 @@ def test_outputs_and_all_gradients_equal_diffusers(name):
         close(gradient, at_weights2[key], 1e-4 * max(1.0, gradient.abs().max().item()))
 
 
+def test_dropout_is_diffusers():
+    ours, theirs = (model.train() for model in pair(dropout=0.3))
+    sample, timestep, context = inputs(ours)
+
+    def run(model):
+        torch.manual_seed(3)
+        output = model(sample, timestep, **context)
+        return output if isinstance(output, Tensor) else output.sample
+
+    dropped = run(ours)
+    close(dropped, run(theirs))
+    assert not torch.allclose(dropped, run(ours.eval()), atol=0.01)
+
+
 def test_norms_have_the_eps_of_diffusers():
     ours, theirs = pair()
     eps = [{k: m.eps for k, m in model.named_modules() if hasattr(m, "eps")} for model in (ours, theirs)]

@@ -14,6 +14,7 @@ from train.data import chances, generator, sent
 from train.feed import Feed
 from train.inpainting import draw_mask, shown_beside
 from train.settings import Config
+from vae.autoencoder import Posterior
 
 
 @dataclass
@@ -55,7 +56,7 @@ def draw_batch(
         chosen = group[0] if canonical else said
         captions.append("" if chance[1] < config.caption_dropout else chosen)
     posterior_noise, noise = sent(drawn.normal, device)
-    x0 = taken.mean + (taken.logvar / 2).exp() * posterior_noise
+    x0 = Posterior(taken.mean, taken.logvar).sample(posterior_noise)
     inpaints = model is not None and model.inpaints
     more = []  # further draws of each position, where there are any
     if config.offset_noise or config.perturbation or inpaints:
