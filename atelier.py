@@ -394,15 +394,7 @@ class Bits:
     def run(self) -> None:
         from train.bits import measure_bits
 
-        found = measure_bits(
-            self.model,
-            self.data,
-            method=self.method,
-            count=self.count,
-            rows=self.rows,
-            tolerance=self.tolerance,
-            seed=self.seed,
-        )
+        found = measure_bits(**vars(self))
         print("{bits_per_dim:.3f} ± {standard_error:.3f} bits per dimension, {pictures} pictures".format(**found))
         terms = [f"{name} {found[name]:.3f}" for name in ("reconstruction", "prior", "denoising") if name in found]
         if terms:

@@ -282,7 +282,8 @@ def write(options: Options, told: dict[str, Any]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     floor = next(one["value"] for one in told["floor"]["test"] if one["metric"] in DISTANCES)
-    plot(rows, list(sides), floor, options.samples, named(out, ".png"))
+    names = {name: f"{name}, {side['evaluations']} evaluations a sample" for name, side in sides.items()}
+    plot(rows, names, floor, options.samples, named(out, ".png"))
     print(f"{rows[0]['name']}, {options.samples} samples; of as many real training pictures to test: {floor:.2f}")
     for name, side in sides.items():
         last = [row for row in rows if (row["side"], row["update"]) == (name, side["updates"])]

@@ -54,22 +54,32 @@ def said(verdict: dict[str, Any]) -> str:
     )
 
 
-def plot(rows: Sequence[dict[str, Any]], sides: Sequence[str], floor: float, samples: int, file: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], sides: dict[str, str], floor: float, samples: int, file: Path) -> None:
+    """sides: what each is called there."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, x, label in zip(
-        axes, ("minutes", "gflop"), ("minutes of training", "GFLOP spent in training"), strict=True
+    for axis, x, unit, label in zip(
+        axes, ("minutes", "gflop"), (1, 1000), ("minutes of training", "TFLOP spent in training"), strict=True
     ):
-        for side in sides:
+        for side, name in sides.items():
             points = curve(rows, side)
-            axis.plot([p[x] for p in points], [p["value"] for p in points], "o-", markersize=4, label=side)
+            axis.plot([p[x] / unit for p in points], [p["value"] for p in points], "o-", markersize=4, label=name)
         axis.axhline(floor, color="grey", linestyle=":", label=f"{samples} real training pictures")
-        axis.set(xlabel=label, xscale="log", yscale="log")
+        axis.set(xlabel=label, yscale="log")
+        axis.set_xlim(left=0)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="minor", labelsize=6)
         axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("Fréchet distance")
     axes[0].legend(fontsize=7)
-    figure.suptitle(f"{curve(rows, sides[0])[0]['name']}, to the test set; {samples} samples of each point", fontsize=8)
+    figure.suptitle(
+        f"{curve(rows, next(iter(sides)))[0]['name']}, to the test set; {samples} samples of each point", fontsize=8
+    )
     figure.savefig(file, dpi=110)
 
 

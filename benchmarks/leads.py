@@ -41,15 +41,16 @@ from benchmarks.machine import described, needs
 from pipelines import TextToImagePipeline
 from pipelines.files import newest
 from pipelines.find import find_model
-from train.data import to_unit, written_aside
+from train.data import written_aside
 from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge, reconstruction_psnr
-from train.extractors import open_extractor, resized
+from train.extractors import open_extractor
+from train.judge import logits_of
 from train.metrics import Moments, frechet_distance
 from train.objective import Objective, denoising
 from train.pictograms import Row, captions, chosen, objects_of
 from train.pictures import digest
 from train.presets import PRESETS, THREE_LEVELS
-from train.recogniser import Recogniser, as_seen
+from train.recogniser import Recogniser
 from train.samples import NOISES
 from train.settings import Config
 from train.sources import open_source
@@ -351,15 +352,12 @@ def drawn(prompts: int, objects: tuple[str, ...], size: int, where: Path) -> Mom
     return Moments.of([open_extractor(str(where))([np.asarray(p) for p in pictures])])
 
 
-@torch.no_grad()
 def sureness(judge: Recogniser, images: list[Image.Image], rows: list[Row]) -> dict[str, float]:
     """The mean log-probability that the judge gives to what was asked for, in nats, by task."""
-    pixels = resized([np.asarray(image) for image in images], judge.config.sample_size)
-    parts = [judge(as_seen(judge.config, to_unit(part))) for part in pixels.split(100)]
     found = {}
-    for i, (task, answers) in enumerate(judge.config.tasks):
+    for (task, answers), logits in zip(judge.config.tasks, logits_of(judge, images), strict=True):
         asked = torch.tensor([answers.index(getattr(row, task)) for row in rows])
-        found[task] = -float(F.cross_entropy(torch.cat([part[i] for part in parts]), asked))
+        found[task] = -float(F.cross_entropy(logits, asked))
     return found
 
 

@@ -199,6 +199,7 @@ def check(options: Options) -> None:
 
 def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     x, metrics = X[along], list(dict.fromkeys(row["metric"] for row in rows))
     figure = Figure(figsize=(6 * len(metrics), 4.2), layout="constrained")
@@ -214,7 +215,9 @@ def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
             middle = [sum(by_x[p]) / len(by_x[p]) for p in places]
             spread = [[m - min(by_x[p]) for p, m in zip(places, middle, strict=True)],
                       [max(by_x[p]) - m for p, m in zip(places, middle, strict=True)]]  # fmt: skip
-            axis.errorbar(places, middle, yerr=spread, fmt="o-", capsize=3, markersize=4, label=name or None)
+            several = any(len(values) > 1 for values in by_x.values())  # of one seed there is no spread to show
+            bars = {"yerr": spread, "capsize": 3} if several else {}
+            axis.errorbar(places, middle, fmt="o-", markersize=4, label=name or None, **bars)
         axis.set(xlabel=LABELS[x], title=chosen[0]["name"] if chosen else metric)
         axis.title.set_fontsize(8)
         if along != "guidance":
@@ -227,11 +230,20 @@ def plot(rows: Sequence[dict[str, Any]], along: str, file: Path) -> None:
             axis.set_xticks([], minor=True)
         if metric in DISTANCES:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.tick_params(axis="y", which="minor", labelsize=6)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    samples = sorted({row["samples"] for row in rows})
-    figure.suptitle(f"{', '.join(map(str, samples))} samples of each point", fontsize=8)
+    columns = {
+        name: {row[name] for row in rows} for name in ("model", "sampler", "steps", "guidance", "seed", "samples")
+    }
+    alike = [
+        f"{name} {next(iter(values))}" for name, values in columns.items() if len(values) == 1 and None not in values
+    ]
+    figure.suptitle(f"of every point: {', '.join(alike)}", fontsize=8)
     figure.savefig(file, dpi=110)
 
 

@@ -1,4 +1,5 @@
-"""Layers that the U-Net and the autoencoder share, with the parameter names of diffusers' modules.
+"""What the U-Net and the autoencoder share: configs and weights that other tools can open, and layers, with the
+parameter names of diffusers' modules.
 
 Pictures are [B, C, H, W], tokens [B, N, C]. Every layer keeps the memory format it is given: with `channels_last` a
 picture is already a list of tokens in memory, and turning one into the other costs nothing.
@@ -94,7 +95,14 @@ class AttentionLayer(nn.Module):
 
 
 class Network(nn.Module):
-    """A module with a config and weights that other tools can open."""
+    """A module with a config and weights that other tools can open; it is built from the config alone."""
+
+    config_class: ClassVar[type[ModelConfig]]
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Self:
+        """Builds the network, with new weights, from the contents of a `config.json`."""
+        return cls(cls.config_class.from_dict(values))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch; the attention keys of old folders are understood as well."""

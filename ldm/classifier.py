@@ -7,7 +7,7 @@ path, as long as their data are the same: `guidance.classifier_guided(denoise, p
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from ldm.blocks import (
     check_groups,
     timestep_embedding,
 )
+from ldm.denoiser import noised, per_picture, widened
 from ldm.schedule import EDM
 
 WAVES = 64  # sines and cosines of the clock
@@ -60,6 +61,8 @@ class NoisyClassifier(Network):
         ValueError: a config of fewer than two classes.
     """
 
+    config_class = NoisyClassifierConfig
+
     def __init__(self, config: NoisyClassifierConfig):
         super().__init__()
         if len(config.labels) < 2:
@@ -82,11 +85,6 @@ class NoisyClassifier(Network):
         nn.init.zeros_(self.linear_out.weight)
         nn.init.zeros_(self.linear_out.bias)
 
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the network, with new weights, from the contents of a `config.json`."""
-        return cls(NoisyClassifierConfig.from_dict(values))
-
     def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Logits of p(y | x; sigma).
 
@@ -100,13 +98,13 @@ class NoisyClassifier(Network):
         Returns:
             [B, classes], float32 or better.
         """
-        x = x if x.dtype == torch.float64 else x.float()
+        x = widened(x)
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         scale = self.schedule.alpha(sigma)
         # 16 radians where sigma grows e-fold: as fine as what a classifier sees changes with the level.
         waves = timestep_embedding(64 * self.schedule.timestep(sigma), WAVES, cosine_first=True, freq_shift=0)
         time = F.silu(self.time_embedding(waves.to(self.dtype)))
-        h = self.conv_in((scale.view(-1, 1, 1, 1) * x).to(self.dtype))
+        h = self.conv_in((per_picture(scale, x) * x).to(self.dtype))
         for layer in self.layers:
             h = layer(h, time) if isinstance(layer, ResnetBlock) else layer(h)
         logits = self.linear_out(F.silu(h).mean((2, 3)))
@@ -133,5 +131,4 @@ def classification_loss(classifier: nn.Module, x0: Tensor, labels: Tensor, sigma
         sigma: noise levels, [B].
         noise: standard normal, like x0.
     """
-    x = x0 + sigma.to(x0).view(-1, *[1] * (x0.ndim - 1)) * noise
-    return F.cross_entropy(classifier(x, sigma), labels, reduction="none")
+    return F.cross_entropy(classifier(noised(x0, sigma, noise), sigma), labels, reduction="none")

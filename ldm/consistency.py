@@ -15,10 +15,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Context, per_picture, widened
+from ldm.denoiser import Context, noised, per_picture
 from ldm.loss import Weight
 
-Told = Callable[[Tensor, Tensor, Context], Tensor]  # (x, sigma [B], context) -> estimate of x_0
+ConditionalDenoise = Callable[[Tensor, Tensor, Context], Tensor]  # (x, sigma [B], context) -> estimate of x_0
 
 
 def euler_step(x: Tensor, x0: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
@@ -83,30 +83,36 @@ class ConsistencyLoss:
         teacher: guided as the student shall be without guidance.
     """
 
-    teacher: Told
+    teacher: ConditionalDenoise
     segments: Segments
 
     def __call__(
-        self, student: Told, x0: Tensor, context: Context, sigma: Tensor, noise: Tensor, weight: Weight
+        self,
+        student: ConditionalDenoise,
+        x0: Tensor,
+        context: Context,
+        sigma: Tensor,
+        noise: Tensor,
+        weight: Weight,
     ) -> Tensor:
         """[B]: mean square distance of the student's estimate from the one that leads where the path does, weighted.
 
         x0: clean latents, [B, C, H, W]; sigma: [B] of `Segments.sigma`; noise: standard normal, like x0.
         """
-        x = widened(x0) + per_picture(sigma.to(x0), x0) * noise
+        x = noised(x0, sigma, noise)
         target = self.target(student, x, sigma.to(x), context)
         # Older PyTorch keeps the casts that autocast made of weights without a gradient, and gives the student those.
         torch.clear_autocast_cache()
         return weight(sigma) * (student(x, sigma, context) - target).square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def target(self, student: Told, x: Tensor, sigma: Tensor, context: Context) -> Tensor:
+    def target(self, student: ConditionalDenoise, x: Tensor, sigma: Tensor, context: Context) -> Tensor:
         """The estimate of x_0 whose Euler step goes to where the student arrives from the teacher's next point."""
         following, end = self.segments.ends(sigma)
         nearer = euler_step(x, self.teacher(x, sigma, context), sigma, following)
         arrived = following == end  # there is nothing left to jump over, and at 0 no estimate to ask for
         level = torch.where(arrived, sigma, following)
         jumped = euler_step(nearer, student(nearer, level, context), level, end)
-        point = torch.where(arrived.view(-1, *[1] * (x.ndim - 1)), nearer, jumped)
+        point = torch.where(per_picture(arrived, x), nearer, jumped)
         share = per_picture(end / sigma, x)
         return (point - share * x) / (1 - share)

@@ -8,7 +8,7 @@ The small functions below turn the estimate of x_0 into what else the papers spe
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +146,7 @@ class Denoiser(nn.Module):
 
     def network_target(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
         """What the network should put out at x = x0 + sigma * noise; like x0."""
-        x0 = widened(x0)
-        return self.to_output(x0 + per_picture(self._level(x0, sigma), x0) * noise, x0, sigma)
+        return self.to_output(noised(x0, self._level(x0, sigma), noise), widened(x0), sigma)
 
     @staticmethod
     def _level(x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -237,9 +236,23 @@ def _check_fit(schedule: NoiseSchedule, prediction: str, sigma_data: float) -> N
         )
 
 
+def noised(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """x = x_0 + sigma * eps in float32 or better; sigma: [B], or one number."""
+    x0 = widened(x0)
+    return x0 + per_picture(sigma.to(x0), x0) * noise
+
+
 def widened(x: Tensor) -> Tensor:
     """x in float32 at least: nothing outside the network is computed in half precision."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@overload
+def per_picture(values: Tensor, x: Tensor) -> Tensor: ...
+
+
+@overload
+def per_picture(values: Tensor | float, x: Tensor) -> Tensor | float: ...
 
 
 def per_picture(values: Tensor | float, x: Tensor) -> Tensor | float:

@@ -73,7 +73,7 @@ def elbo(
     *,
     log_likelihood: LogLikelihood | None = None,
     rows: Sequence[int] | Tensor | None = None,
-    stand_for: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Bound:
     """Reconstruction, prior matching and denoising matching (arXiv:2006.11239, equation 5), a draw of each.
 
@@ -88,7 +88,7 @@ def elbo(
             `gaussian_log_likelihood`, a density.
         rows: of the denoising term, which of 1 to T - 1 to ask; drawn evenly, the result is an unbiased estimate of
             the sum. None asks all.
-        stand_for: how many rows each of these stands for, 1 over its chance to be drawn; by default all for as many.
+        weights: how many rows each of these stands for, 1 over its chance to be drawn; by default all for as many.
 
     Raises:
         ValueError: a schedule that is not a beta table, rows that it does not have or whose weights are not as many,
@@ -103,7 +103,7 @@ def elbo(
         x = _draw(marginal(x0, sigma), noise)
         return _sum(kl_divergence(posterior(x, x0, sigma, lower), step(x, sigma, lower)))
 
-    return Bound(reconstruction, prior, _over_rows(matching, rows, stand_for, len(sigmas)))
+    return Bound(reconstruction, prior, _over_rows(matching, rows, weights, len(sigmas)))
 
 
 def consistency_elbo(
@@ -114,7 +114,7 @@ def consistency_elbo(
     *,
     log_likelihood: LogLikelihood | None = None,
     rows: Sequence[int] | Tensor | None = None,
-    stand_for: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Bound:
     """The same bound, each x_s compared with both neighbours (Luo, arXiv:2208.11970, equation 45); a draw of each term.
 
@@ -139,7 +139,7 @@ def consistency_elbo(
         down = step(_draw(transition(middle, lower, sigma), noise), sigma, lower)
         return _sum(up.log_prob(middle) - down.log_prob(middle))
 
-    return Bound(reconstruction, prior, _over_rows(consistency, rows, stand_for, len(sigmas) - 1))
+    return Bound(reconstruction, prior, _over_rows(consistency, rows, weights, len(sigmas) - 1))
 
 
 class Posterior(Protocol):
@@ -210,16 +210,16 @@ def _prior(x0: Tensor, sigma: float) -> Normal:
 def _over_rows(
     term: Callable[[int], Tensor],
     rows: Sequence[int] | Tensor | None,
-    stand_for: Sequence[float] | None,
+    weights: Sequence[float] | None,
     entries: int,
 ) -> Tensor:
     """The sum of a term over rows 1 to entries - 1, or its estimate from some of them."""
     chosen = list(range(1, entries)) if rows is None else [int(row) for row in rows]
     if not chosen or not all(1 <= row < entries for row in chosen):
         raise ValueError(f"rows should be some of 1 to {entries - 1}; got {chosen}")
-    weights = [(entries - 1) / len(chosen)] * len(chosen) if stand_for is None else stand_for
+    weights = [(entries - 1) / len(chosen)] * len(chosen) if weights is None else weights
     if len(weights) != len(chosen):
-        raise ValueError(f"stand_for should have a number for each of {len(chosen)} rows; got {len(weights)}")
+        raise ValueError(f"weights should have a number for each of {len(chosen)} rows; got {len(weights)}")
     total = weights[0] * term(chosen[0])
     for weight, row in zip(weights[1:], chosen[1:], strict=True):
         total = total + weight * term(row)

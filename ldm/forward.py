@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ldm.denoiser import Denoise, per_picture, score_from
-from ldm.steps import Callback, Noise, drawn, steps_of
+from ldm.steps import Callback, Noise, drawn, rising, steps_of
 
 Level = Tensor | float
 
@@ -80,10 +80,7 @@ def forward_sde(
     Raises:
         ValueError: levels that do not increase from 0 or above.
     """
-    levels = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(sigma) for sigma in sigmas]
-    if len(levels) < 2 or levels[0] < 0 or not all(a < b for a, b in itertools.pairwise(levels)):
-        raise ValueError(f"sigmas should be at least two and increase from 0 or above; got {levels}")
-    for sigma, higher in itertools.pairwise(levels):
+    for sigma, higher in itertools.pairwise(rising(sigmas)):
         x = _euler_maruyama(x, sigma, higher, 0.0, noise(x), alpha)
     return x
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Context, Denoise, Denoiser
+from ldm.denoiser import Context, Denoise, Denoiser, per_picture
 
 
 def classifier_free(
@@ -40,14 +40,16 @@ def classifier_free(
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale should be between 0 and 1, got {rescale}")
-    low, high = interval or (-1.0, float("inf"))
-    if not low < high:
+    if interval and not interval[0] < interval[1]:
         raise ValueError(f"interval should be (low, high) with low < high, in sigma; got {interval}")
     both = _joined(uncond, cond)
 
     def denoise(x: Tensor, sigma: Tensor | float) -> Tensor:
-        inside = (low < sigma) & (sigma <= high) if isinstance(sigma, Tensor) else torch.tensor(low < sigma <= high)
-        if scale == 1 or not bool(inside.any()):
+        inside = None  # everywhere, which a GPU need not be asked about
+        if interval:
+            level = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+            inside = (interval[0] < level) & (level <= interval[1])
+        if scale == 1 or (inside is not None and not bool(inside.any())):
             return denoiser(x, sigma, cond)
         twice = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.numel() > 1 else sigma
         x0_uncond, x0_cond = denoiser(torch.cat([x, x]), twice, both).chunk(2)
@@ -56,9 +58,9 @@ def classifier_free(
             wanted, output = denoiser.to_output(x, x0_cond, sigma), denoiser.to_output(x, guided, sigma)
             ratio = _deviation(wanted) / _deviation(output)
             guided = denoiser.to_sample(x, output * (rescale * ratio + 1 - rescale), sigma)
-        if bool(inside.all()):
+        if inside is None or bool(inside.all()):
             return guided
-        return torch.where(inside.to(x.device).view(-1, *[1] * (x.ndim - 1)), guided, x0_cond)
+        return torch.where(per_picture(inside.to(x.device), x), guided, x0_cond)
 
     return denoise
 
@@ -86,8 +88,7 @@ def classifier_guided(
         with torch.inference_mode(False), torch.enable_grad():
             place = x if live else x.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(log_probability(place, sigma).sum(), place, create_graph=live)
-        level = sigma.view(-1, *[1] * (x.ndim - 1)) if isinstance(sigma, Tensor) and sigma.ndim else sigma
-        return denoise(x, sigma) + scale * level**2 * gradient
+        return denoise(x, sigma) + scale * per_picture(sigma, x) ** 2 * gradient
 
     return guided
 
@@ -95,8 +96,8 @@ def classifier_guided(
 def autoguided(denoise: Denoise, weaker: Denoise, scale: float) -> Denoise:
     """Autoguidance (arXiv:2406.02507, section 4): weaker + scale * (denoise - weaker), away from a model's mistakes.
 
-    The weaker one is asked the same: a smaller network, or an early checkpoint, whose mistakes are the same and larger.
-    Scale 1 is `denoise` alone; either may be guided by other means already.
+    The weaker one gets the same input and condition: a smaller network or an early checkpoint, which makes the same
+    mistakes, larger. Scale 1 is `denoise` alone; either may be guided by other means already.
     """
     if scale == 1:
         return denoise

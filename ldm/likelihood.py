@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from ldm.denoiser import Denoise
+from ldm.denoiser import Denoise, per_picture
 from ldm.steps import Noise
 
 PIXEL = 2 / 256  # width of one of 256 levels between -1 and 1
@@ -222,11 +222,9 @@ def _weighted(weights: tuple[float, ...], slopes: list[State], step: Tensor) -> 
     parts = []
     for part in zip(*slopes, strict=True):
         total = sum(weight * slope for weight, slope in zip(weights, part, strict=True) if weight)
-        parts.append(step.to(part[0]).view(-1, *[1] * (part[0].ndim - 1)) * total)
+        parts.append(per_picture(step.to(part[0]), part[0]) * total)
     return tuple(parts)
 
 
 def _chosen(taken: Tensor, new: State, old: State) -> State:
-    return tuple(
-        torch.where(taken.to(a.device).view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, old, strict=True)
-    )
+    return tuple(torch.where(per_picture(taken.to(a.device), a), a, b) for a, b in zip(new, old, strict=True))

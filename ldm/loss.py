@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Context, Denoiser, per_picture, row_before, widened
+from ldm.denoiser import Context, Denoiser, noised, per_picture, row_before, widened
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 
 Weight = Callable[[Tensor], Tensor]  # sigma [B] -> weight [B] on the square error of x_0
@@ -266,9 +266,9 @@ def denoising_loss(
     Returns:
         [B]: the mean over C, H, W, times the weight; float32 or better.
     """
-    target, x = _noised(x0, sigma, noise)
+    x, target = noised(x0, sigma, noise), widened(x0)
     if seen is not None:
-        x = _noised(x0, sigma, seen)[1]
+        x = noised(x0, sigma, seen)
         target = denoiser.to_sample(x, denoiser.network_target(x0, noise, sigma), sigma)
     square = (denoiser(x, sigma, context) - target) ** 2
     if huber:  # of the network's error, which is that of x_0 over c_out
@@ -300,7 +300,7 @@ class HybridLoss:
     def __call__(
         self, denoiser: Denoiser, x0: Tensor, context: Context | None, sigma: Tensor, noise: Tensor, weight: Weight
     ) -> Tensor:
-        x0, x = _noised(x0, sigma, noise)
+        x, x0 = noised(x0, sigma, noise), widened(x0)
         schedule = self.denoiser.schedule
         with self.denoiser.learned_variance() as variance:
             estimate = denoiser(x, sigma, context)
@@ -321,17 +321,10 @@ def step_divergence(x0: Tensor, estimate: Tensor, v: Tensor, sigma: Tensor, sche
         v: from the small log-variance (0) to the large one (1), like x0.
         sigma: noise levels of t, [B].
     """
-    shape = (-1, *[1] * (x0.ndim - 1))
     lower = row_before(schedule, sigma).clamp(min=schedule.sigma_min)
-    snr_s, snr_t = (level.view(shape) ** -2 for level in (lower, sigma))
+    snr_s, snr_t = (per_picture(level**-2, x0) for level in (lower, sigma))
     log_ratio = v * (torch.log1p(snr_s) - torch.log1p(snr_t))
     return _mean(log_ratio + (-log_ratio).exp() * (1 + (snr_s - snr_t) * (x0 - estimate) ** 2) - 1) / 2
-
-
-def _noised(x0: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """x_0 in float32 or better, and x = x_0 + sigma * noise."""
-    x0 = widened(x0)
-    return x0, x0 + sigma.to(x0).view(-1, *[1] * (x0.ndim - 1)) * noise
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -347,5 +340,4 @@ def _uncut(density: Tensor, sigma: Tensor, schedule: NoiseSchedule) -> Tensor:
 
 def _inside(u: Tensor) -> Tensor:
     """u in float32 or better, kept off 0 and 1, which a generator may give and where a quantile is infinite."""
-    u = u if u.dtype == torch.float64 else u.float()
-    return u.clamp(2**-24, 1 - 2**-24)
+    return widened(u).clamp(2**-24, 1 - 2**-24)

@@ -36,7 +36,7 @@ def dpmpp_2m(
     """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2). Order 2. Draws no noise.
 
     The first step, having no step before it, is an Euler step; so are the last one to 0, and, as in diffusers, the
-    last of a run of less than 15 steps.
+    last of a run of fewer than 15 steps.
     """
     return _second_order(denoise, x, sigmas, lambda x, sigma, lower: (lower, 0.0), noise, callback)
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,8 @@ class PixelUNet(Network):
 
     frequencies: Tensor
 
+    config_class = PixelUNetConfig
+
     def __init__(self, config: PixelUNetConfig):
         super().__init__()
         self.config = config
@@ -151,11 +153,6 @@ class PixelUNet(Network):
         self.narrow = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in pairwise(widths))
         self.up = nn.ModuleList(Level(2 * width, i, config) for i, width in enumerate(widths[:-1]))
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the network, with new weights, from the contents of a `config.json`."""
-        return cls(PixelUNetConfig.from_dict(values))
 
     def forward(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Args:

@@ -27,7 +27,7 @@ from ldm.forward import large_variance, posterior_variance
 from ldm.langevin import langevin, predictor_corrector
 from ldm.multistep import dpmpp_2m, dpmpp_2m_sde, lms, plms, unipc
 from ldm.schedule import RAMPS, SIGMA_INFINITY, Grid, NoiseSchedule, RectifiedFlow
-from ldm.steps import Callback, Noise, drawn, step_and_spread, steps_of
+from ldm.steps import Callback, Noise, drawn, rising, step_and_spread, steps_of
 
 LogVariance = Callable[[Tensor, float], Tensor]  # (x, sigma) -> v like x, as `ddpm` takes it
 
@@ -167,7 +167,8 @@ def stochastic_heun(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """`heun` with the churn that EDM's paper found for ImageNet (its table 5), nowhere above the level begun from."""
+    """`heun` with the churn that EDM's paper found for ImageNet (its table 5), never raising sigma above the level that
+    sampling starts from."""
     churn = Churn(40, 0.05, min(50.0, float(sigmas[0]) / math.sqrt(2)), 1.003)
     return heun(denoise, x, sigmas, churn=churn, noise=noise, callback=callback)
 
@@ -194,10 +195,7 @@ def invert(
     Returns:
         x at sigmas[-1]; unit-normal latents are that over `Sampler.initial_scale`.
     """
-    levels = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(sigma) for sigma in sigmas]
-    rises = len(levels) > 1 and all(lower < upper for lower, upper in itertools.pairwise(levels))
-    if not rises or not levels[0] >= 0 or not levels[-1] < math.inf:
-        raise ValueError(f"sigmas should be at least two and increase from 0 or above to a finite level; got {levels}")
+    levels = rising(sigmas)
     if order not in (1, 2):
         raise ValueError(f"order of invert should be 1 (Euler) or 2 (Heun), got {order}")
     for i, (sigma, upper) in enumerate(itertools.pairwise(levels)):
@@ -292,7 +290,7 @@ class Sampler:
         """What unit-normal latents are multiplied by to start at noise level sigma.
 
         sqrt(1 + sigma²): x = x_0 + sigma * eps, where x_0 has unit variance, so that the network sees the latents
-        themselves; for diffusers' Euler family see above.
+        themselves; diffusers' Euler family differs (`euler_family`).
         """
         spacing = grid.spacing if grid.spacing not in RAMPS else grid.span
         if self.euler_family and spacing != "leading":

@@ -15,7 +15,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -262,7 +262,7 @@ class Grid:
                 raise ValueError(f"{name} of a step grid should be one of {', '.join(known)}; got {value!r}")
 
 
-def step_grid(schedule: NoiseSchedule, steps: int, spacing: Grid | str) -> Tensor:
+def step_grid(schedule: NoiseSchedule, steps: int, grid: Grid | str) -> Tensor:
     """The noise levels of a sampling run.
 
     Where the schedule's top stands for infinity, a Karras or exponential ramp over it would spend its steps on pure
@@ -271,7 +271,7 @@ def step_grid(schedule: NoiseSchedule, steps: int, spacing: Grid | str) -> Tenso
     Args:
         schedule: gives the table and the range.
         steps: number of steps, at least 1; for a spacing over the table at most as many as it has rows.
-        spacing: a Grid, or the name of a spacing.
+        grid: how steps are spaced, or the name of a spacing.
 
     Returns:
         [steps + 1] in float64 on the CPU, decreasing; with final "sigma_min" the last two may be equal.
@@ -279,20 +279,17 @@ def step_grid(schedule: NoiseSchedule, steps: int, spacing: Grid | str) -> Tenso
     Raises:
         ValueError: a number of steps that the spacing does not have, or a spacing the schedule does not have.
     """
-    grid = Grid(spacing) if isinstance(spacing, str) else spacing
+    grid = Grid(grid) if isinstance(grid, str) else grid
     if steps < 1:
         raise ValueError(f"sampling takes at least one step, got steps={steps}")
-    if grid.spacing in RAMPS:
-        sigmas = _ramp(schedule, steps, grid)
-    else:
-        sigmas = schedule.entry(_rows(schedule, steps, grid, grid.spacing))
+    sigmas = _ramp(schedule, steps, grid) if grid.spacing in RAMPS else schedule.entry(_rows(schedule, steps, grid))
     final = schedule.sigma_min if grid.final == "sigma_min" else 0.0
     return torch.cat([sigmas, sigmas.new_tensor([final])])
 
 
-def _rows(schedule: NoiseSchedule, steps: int, grid: Grid, spacing: str) -> Tensor:
+def _rows(schedule: NoiseSchedule, steps: int, grid: Grid) -> Tensor:
     """Rows of the table that a spacing visits: [steps] in float64, decreasing."""
-    rows, points = schedule.entries, steps + grid.extra
+    spacing, rows, points = grid.spacing, schedule.entries, steps + grid.extra
     if rows == 0:
         schedule.entry(torch.zeros(1))  # says which spacings there are instead
     if points > rows:
@@ -316,7 +313,7 @@ def _ramp(schedule: NoiseSchedule, steps: int, grid: Grid) -> Tensor:
     """Levels between the ends of the span: [steps] in float64, decreasing."""
     top, bottom = schedule.sigma_max, schedule.sigma_min
     if grid.span != "table":
-        ends = schedule.entry(_rows(schedule, steps, grid, grid.span)[[0, -1]])
+        ends = schedule.entry(_rows(schedule, steps, replace(grid, spacing=grid.span))[[0, -1]])
         top, bottom = float(ends[0]), float(ends[1])
     if top >= SIGMA_INFINITY and steps > 1:
         ramp = _between(80.0, bottom, steps - 1 + grid.extra, grid.spacing)[: steps - 1]

@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 
 Noise = Callable[[Tensor], Tensor]
-Callback = Callable[[int, float, Tensor, Tensor], None]
+Callback = Callable[[int, float, Tensor, Tensor], None]  # step, sigma, x at sigma, estimate of x_0
 # (x, sigma, lower) -> the level to go down to along the flow, and the standard deviation of the noise added there
 Spread = Callable[[Tensor, float, float], tuple[float, Tensor | float]]
 
@@ -22,6 +22,15 @@ def steps_of(sigmas: Tensor | Sequence[float]) -> Iterator[tuple[int, float, flo
         raise ValueError(f"sigmas should be at least two and decrease from a finite level to 0 or above; got {levels}")
     for i in range(len(levels) - 1):
         yield i, levels[i], levels[i + 1]
+
+
+def rising(sigmas: Tensor | Sequence[float]) -> list[float]:
+    """The levels of a way to noise, as numbers; ValueError unless at least two, increasing from 0 or above."""
+    levels = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(sigma) for sigma in sigmas]
+    rises = len(levels) > 1 and all(lower < upper for lower, upper in itertools.pairwise(levels))
+    if not rises or not levels[0] >= 0 or not levels[-1] < math.inf:
+        raise ValueError(f"sigmas should be at least two and increase from 0 or above to a finite level; got {levels}")
+    return levels
 
 
 def step_and_spread(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,8 @@ class UNet(Network):
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping its inside.
     """
 
+    config_class = UNetConfig
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
@@ -107,11 +109,6 @@ class UNet(Network):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.looks_at_context = any(isinstance(module, PictureTransformer) for module in self.modules())
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the network, with new weights, from the contents of a `config.json`."""
-        return cls(UNetConfig.from_dict(values))
 
     def forward(
         self,

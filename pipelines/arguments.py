@@ -3,7 +3,7 @@
 import functools
 import operator
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def step_count(steps: int | None, num_inference_steps: int | None, default: int)
 
 
 def first_step(strength: float, steps: int) -> int:
-    """How many steps are left out at the start when a picture is begun from (diffusers' img2img)."""
+    """How many first steps are skipped when sampling starts from a picture (diffusers' img2img)."""
     run = min(int(steps * strength), steps)
     if not 0 < strength <= 1 or run < 1:
         raise ValueError(f"strength={strength} of {steps} steps: expected above 0, at most 1, and at least one step")
@@ -97,7 +97,7 @@ def told_sizes(
 
 def starting_noise(
     shape: tuple[int, ...], seed: int | None, generator: Generators | None, latents: Tensor | None
-) -> tuple[list[int] | None, Callable[[Tensor], Tensor], Tensor]:
+) -> tuple[list[int] | None, Noise, Tensor]:
     """(seeds, the sampler's noise, starting latents [*shape], unit normal).
 
     seeds: what each picture can be painted from again; None when generators or latents were given.
@@ -112,14 +112,14 @@ def starting_noise(
     seeds = None
     if isinstance(generator, torch.Generator):
         noise: Noise = functools.partial(_batch_noise, generator)
-        return None, noise, noise(torch.empty(shape)) if latents is None else latents
-    if generator is None:
-        first = random.randrange(2**31) if seed is None else _seed(seed, shape[0])
-        seeds = list(range(first, first + shape[0]))
-        generator = [torch.Generator().manual_seed(s) for s in seeds]
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for {shape[0]} pictures: give one, or as many")
-    noise = picture_noise(list(generator))
+    else:
+        if generator is None:
+            first = random.randrange(2**31) if seed is None else _seed(seed, shape[0])
+            seeds = list(range(first, first + shape[0]))
+            generator = [torch.Generator().manual_seed(s) for s in seeds]
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} pictures: give one, or as many")
+        noise = picture_noise(list(generator))
     return (seeds, noise, noise(torch.empty(shape))) if latents is None else (None, noise, latents)
 
 

@@ -11,7 +11,7 @@ from conditioning.labels import Labels
 from ldm.classifier import NoisyClassifier
 from ldm.denoiser import Denoise
 from ldm.guidance import classifier_guided
-from pipelines.files import fill, newest, read_json, read_weights
+from pipelines.files import newest, open_network
 
 
 def load_classifier(where: str | Path) -> NoisyClassifier:
@@ -21,8 +21,7 @@ def load_classifier(where: str | Path) -> NoisyClassifier:
     """
     folder = newest(Path(where).expanduser())
     with torch.inference_mode(False):  # weights made in inference mode could not be differentiated through
-        classifier = NoisyClassifier.from_config(read_json(folder / "config.json"))
-        return fill(classifier, read_weights(folder), folder, torch.float32)  # type: ignore[return-value]
+        return open_network(NoisyClassifier, folder)
 
 
 def guided_to(

@@ -6,13 +6,14 @@ part the pictures with an attribute from those without.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ldm.blocks import ModelConfig, Network
 from ldm.denoiser import Denoiser
 from ldm.mlp import MLP
 from ldm.samplers import heun
@@ -104,29 +105,22 @@ def fit_attribute(semantic: Tensor, labels: Sequence[bool] | Tensor, *, decay: f
 
 
 @dataclass(frozen=True)
-class CodesConfig:
+class CodesConfig(ModelConfig):
     """config.json of a `CodeDiffusion`."""
 
     dim: int  # numbers in a code
     width: int = 256
     depth: int = 4
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CodesConfig":
-        """Reads a config.json; ValueError for one of something else."""
-        own = {key: value for key, value in values.items() if not key.startswith("_")}
-        if values.get("_class_name") != "CodeDiffusion" or own.keys() - {field.name for field in fields(cls)}:
-            raise ValueError(f"expected the config of a CodeDiffusion, got {dict(values)}")
-        return cls(**own)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"_class_name": "CodeDiffusion", **asdict(self)}
+    class_name: ClassVar[str] = "CodeDiffusion"
+    fixed: ClassVar[Mapping[str, Any]] = {}
 
 
-class CodeDiffusion(nn.Module):
+class CodeDiffusion(Network):
     """The second diffusion, of semantic codes brought to zero mean and unit variance (section 4 of the paper): EDM's
     denoiser, sampled by its Heun's method."""
 
+    config_class = CodesConfig
     mean: Tensor
     std: Tensor
 
@@ -136,10 +130,6 @@ class CodeDiffusion(nn.Module):
         self.network = MLP(config.dim, width=config.width, depth=config.depth)
         self.register_buffer("mean", torch.zeros(config.dim))
         self.register_buffer("std", torch.ones(config.dim))
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> "CodeDiffusion":
-        return cls(CodesConfig.from_dict(values))
 
     @property
     def denoiser(self) -> Denoiser:

@@ -18,7 +18,7 @@ from pipelines.files import open_network, read_json, read_weights, save_network
 ZERO_NULL = "force_zeros_for_empty_prompt"  # diffusers' entry of model_index.json
 ENCODERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))  # folders
 
-Told = TextEncoder | ClipTextPair | Labels | Unconditional | SemanticEncoder
+Conditioning = TextEncoder | ClipTextPair | Labels | Unconditional | SemanticEncoder
 
 
 def load_conditioner(

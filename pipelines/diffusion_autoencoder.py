@@ -24,16 +24,17 @@ from ldm.schedule import step_grid
 from ldm.unet import UNet
 from pipelines.arguments import starting_noise, step_count
 from pipelines.codes import Attribute, Codes, fit_attribute
-from pipelines.device import best_device, exact_float32, usable_device
-from pipelines.folder import Model, load_model
+from pipelines.device import exact_float32
+from pipelines.folder import Model
 from pipelines.image import image_batch, rgb
+from pipelines.opened import OpenedModel
 from pipelines.picture import to_pil
 
 ORDERS = {"ddim": 1, "heun": 2}  # the deterministic samplers, and the order of the inversion that each undoes
 BATCH = 32  # pictures encoded or decoded at once: the memory of any number
 
 
-class DiffusionAutoencoderPipeline:
+class DiffusionAutoencoderPipeline(OpenedModel):
     """A diffusion autoencoder, and what can be done with pictures through their codes.
 
     Pictures go in as PIL pictures, one or a list, or as [N, 3, H, W] or [N, H, W, 3] in [0, 1]; they are brought to the
@@ -42,39 +43,43 @@ class DiffusionAutoencoderPipeline:
     the model's; the same are wanted for encoding and decoding. However many the pictures, 32 are in work at once.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, source: str = ""):
         if not isinstance(model.conditioner, SemanticEncoder):
             raise ValueError(
                 f"this model is told {type(model.conditioner).__name__}, not pictures: open it with "
                 "TextToImagePipeline, or train a diffusion autoencoder with train/diffae.py"
             )
         assert isinstance(model.unet, UNet)  # what is told a code attends to it
-        self.model, self.unet, self.encoder = model, model.unet, model.conditioner
+        super().__init__(model, source)
+        self.unet, self.encoder = model.unet, model.conditioner
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls, path_or_hub_id: str | Path | None = None, *, dtype: torch.dtype | str | None = None, **opened: Any
     ) -> Self:
-        """Opens a model folder or a training run's folder.
+        """Opens a model folder, a training run's folder or a hub id.
 
-        Args:
-            device: by default cuda, else mps, else cpu.
-            dtype: of U-Net and autoencoder; by default float32, because an inversion is undone only as exactly as both
-                ways are computed.
-
-        Raises:
-            ValueError: no model there, or none that is told pictures.
+        dtype: by default float32 on every device: an inversion is undone only as exactly as both ways are computed.
+        opened: as of `OpenedModel.from_pretrained`.
+        Raises ValueError where no model is there, or none that is told pictures.
         """
-        pipe = cls(load_model(folder, dtype=dtype))
-        for part in pipe.model.parts():
-            part.to(usable_device(device or best_device()))
-        for network in (pipe.model.unet, pipe.model.vae):
-            network.to(memory_format=torch.channels_last)
-        return pipe
+        if not opened.get("torch_dtype"):
+            dtype = dtype or torch.float32
+        return super().from_pretrained(path_or_hub_id, dtype=dtype, **opened)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+    def levels(self, steps: int | None = None, sampler: str | None = None) -> tuple[Tensor, str]:
+        """The noise levels from pure noise down to the picture, and the sampler; by default the model's own.
+
+        Raises ValueError for a sampler that can't be inverted, or more steps than a clamped schedule has rows.
+        """
+        defaults = self.model.defaults
+        name = sampler or defaults.sampler or "ddim"
+        if name not in ORDERS:
+            raise ValueError(f"sampler={name!r}: expected {' or '.join(ORDERS)}, which can be inverted")
+        schedule = self.model.schedule
+        # A ramp over a clamped sigma would spend its steps above anything that matters.
+        spacing = "trailing" if schedule.clamped else "karras"
+        return step_grid(schedule, step_count(steps, None, defaults.steps), spacing), name
 
     @torch.no_grad()
     @exact_float32()
@@ -114,10 +119,11 @@ class DiffusionAutoencoderPipeline:
         return torch.cat(latents)
 
     @torch.no_grad()
+    @exact_float32()
     def decode(self, codes: Codes, *, steps: int | None = None, sampler: str | None = None) -> list[Image.Image]:
         """The pictures that codes stand for."""
         parts = self.latents(codes, steps=steps, sampler=sampler).split(BATCH)
-        return [to_pil(pixels) for part in parts for pixels in self.model.vae.decode(part)]
+        return [to_pil(pixels) for part in parts for pixels in self.model.vae.decode(part).cpu()]
 
     def vary(
         self,
@@ -179,19 +185,6 @@ class DiffusionAutoencoderPipeline:
         if not several:
             raise ValueError("image: got an empty list, expected a picture, or a list of at least one")
         return torch.cat([_squares(one, size) for one in several]).to(self.device)
-
-    def levels(self, steps: int | None = None, sampler: str | None = None) -> tuple[Tensor, str]:
-        """The noise levels from pure noise down to the picture, and the sampler; by default the model's own.
-
-        Raises ValueError for a sampler that can't be inverted, or more steps than a clamped schedule has rows."""
-        defaults = self.model.defaults
-        name = sampler or defaults.sampler or "ddim"
-        if name not in ORDERS:
-            raise ValueError(f"sampler={name!r}: expected {' or '.join(ORDERS)}, which can be inverted")
-        schedule = self.model.schedule
-        # A ramp over a clamped sigma would spend its steps above anything that matters.
-        spacing = "trailing" if schedule.clamped else "karras"
-        return step_grid(schedule, step_count(steps, None, defaults.steps), spacing), name
 
     def _denoise(self, semantic: Tensor) -> Denoise:
         context = self.encoder.context(semantic)

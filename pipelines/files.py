@@ -71,20 +71,16 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file} is broken or not complete ({error}): copy or download it again") from None
 
 
-def fill(network: nn.Module, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    """Puts weights into a network built on the meta device; ValueError when names or shapes do not fit."""
+def open_network(kind: Any, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
+    """A network of this kind from its folder, frozen, in float32 by default; ValueError when names or shapes of the
+    weights do not fit its config."""
+    with unfilled():
+        network = kind.from_config(read_json(folder / "config.json"))
     try:
-        network.load_state_dict(weights, strict=True, assign=True)
+        network.load_state_dict(read_weights(folder, variant=variant), strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {str(error)[:600]}") from None
     return network.to(dtype or torch.float32).eval().requires_grad_(False)
-
-
-def open_network(kind: Any, folder: Path) -> Any:
-    """A network of ours from its folder, in float32: codes are few numbers, and inversion wants them exact."""
-    with unfilled():
-        network = kind.from_config(read_json(folder / "config.json"))
-    return fill(network, read_weights(folder), folder, torch.float32)
 
 
 def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -109,9 +105,7 @@ def load_autoencoder(folder: Path, dtype: torch.dtype | None = None, variant: st
     folder = newest(Path(folder))
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
-    with unfilled():
-        vae = Autoencoder.from_config(read_json(folder / "config.json"))
-    return fill(vae, read_weights(folder, variant=variant), folder, dtype)  # type: ignore[return-value]
+    return open_network(Autoencoder, folder, dtype, variant)
 
 
 def newest(folder: Path) -> Path:

@@ -15,15 +15,14 @@ from torch import nn
 
 from conditioning.clip import ClipTextEncoder
 from conditioning.pair import ClipTextPair
-from conditioning.unfilled import unfilled
 from ldm.blocks import DIFFUSERS_VERSION
 from ldm.denoiser import Denoiser
 from ldm.pixel_unet import PixelUNet
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 from ldm.unet import UNet, UNetConfig
 from pipelines.codes import CodeDiffusion
-from pipelines.conditioners import Told, check_saved, components, load_conditioner, save_conditioner
-from pipelines.files import fill, load_autoencoder, open_network, read_json, read_weights, save_network, write_json
+from pipelines.conditioners import Conditioning, check_saved, components, load_conditioner, save_conditioner
+from pipelines.files import load_autoencoder, open_network, read_json, save_network, write_json
 from pipelines.find import find_model
 from pipelines.scheduler import warn_of_differences
 from vae.autoencoder import Autoencoder, Identity
@@ -60,7 +59,7 @@ class Model:
 
     unet: UNet | PixelUNet
     vae: Autoencoder | Identity
-    conditioner: Told
+    conditioner: Conditioning
     scheduler: dict[str, Any]
     defaults: Defaults = field(default_factory=Defaults)
     codes: CodeDiffusion | None = None
@@ -288,11 +287,8 @@ def load_model(
         if kind not in KINDS + XL_KINDS:
             known = ", ".join(KINDS + XL_KINDS)
             raise ValueError(f"{folder} holds a {kind}; only the layouts of {known} are implemented")
-    config = read_json(folder / "unet" / "config.json")
-    kind_of_unet = PixelUNet if config.get("_class_name") == "PixelUNet" else UNet
-    with unfilled():
-        unet = kind_of_unet.from_config(config)
-    fill(unet, read_weights(folder / "unet", variant=variant), folder / "unet", dtype)
+    small = read_json(folder / "unet" / "config.json").get("_class_name") == "PixelUNet"
+    unet = open_network(PixelUNet if small else UNet, folder / "unet", dtype, variant)
     pixels = notes.get("vae") == "Identity"
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     told = load_conditioner(folder, notes, dtype, variant)
@@ -302,6 +298,7 @@ def load_model(
         told,
         scheduler,
         _defaults(notes, isinstance(told, ClipTextPair)),
+        # In float32 for any dtype: codes are few numbers, and inversion wants them exact.
         open_network(CodeDiffusion, folder / "codes") if (folder / "codes").is_dir() else None,
     )
     model.vae.to(model.vae_dtype(dtype))

@@ -124,9 +124,9 @@ def keep_known(denoise: Denoise, known: Tensor, noise: Tensor, mask: Tensor, beg
     """
 
     def kept(x: Tensor, sigma: Tensor | float) -> Tensor:
-        level = torch.as_tensor(per_picture(sigma, x), device=x.device)
-        outside = (mask < 0.5) & (level < begin)
-        return torch.where(mask < 0.5, known, denoise(torch.where(outside, known + level * noise, x), sigma))
+        level = per_picture(sigma.to(x.device) if isinstance(sigma, Tensor) else sigma, x)
+        seen = torch.where((mask < 0.5) & (level < begin), known + level * noise, x)
+        return torch.where(mask < 0.5, known, denoise(seen, sigma))
 
     return kept
 

@@ -16,7 +16,7 @@ LOG = logging.getLogger("atelier")
 
 
 class OpenedModel:
-    """What every pipeline of text has.
+    """What every pipeline has.
 
     Attributes:
         model: the networks, the conditioner, the schedule and the model's defaults (`pipelines.folder.Model`).

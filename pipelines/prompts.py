@@ -22,32 +22,22 @@ def contexts(
         raise ValueError("this is a diffusion autoencoder, told pictures: open it by DiffusionAutoencoderPipeline")
     if clip_skip and not isinstance(conditioner, ClipTextEncoder | ClipTextPair):
         raise ValueError("clip_skip belongs to a model with a CLIP text encoder")
-    if isinstance(conditioner, ClipTextPair):
-        return _of_pair(conditioner, prompts, negatives, clip_skip)
-    negatives = negatives or [""] * len(prompts)
-    if not isinstance(conditioner, TextEncoder):
-        return conditioner(prompts), conditioner(negatives)
-    # Both in as many windows as the longest needs, and every distinct text once.
-    texts = list(dict.fromkeys(prompts + negatives))
-    with _skipping(conditioner, clip_skip):
-        hidden = conditioner(texts, chunks=conditioner.chunks(texts))["encoder_hidden_states"]
-    row = {text: i for i, text in enumerate(texts)}
-    cond, uncond = (hidden[[row[t] for t in group]] for group in (prompts, negatives))
-    return {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
-
-
-def _of_pair(
-    pair: ClipTextPair, prompts: list[str], negatives: list[str] | None, clip_skip: int | None
-) -> tuple[Context, Context]:
-    """As diffusers has it: an empty text that was asked for is encoded, only no text at all may be zeros."""
     group = negatives or [""] * len(prompts)
+    if not isinstance(conditioner, TextEncoder | ClipTextPair):
+        return conditioner(prompts), conditioner(group)
+    # Both in as many windows as the longest needs, and every distinct text once.
     texts = list(dict.fromkeys(prompts + group))
-    with _skipping(pair, clip_skip):
-        states, summaries = pair.encode(texts)
     row = {text: i for i, text in enumerate(texts)}
     cond, uncond = ([row[text] for text in part] for part in (prompts, group))
-    heard = 0 if negatives is None and pair.zero_null else 1
-    return pair.context(states[cond], summaries[cond]), pair.context(states[uncond] * heard, summaries[uncond] * heard)
+    with _skipping(conditioner, clip_skip):
+        if isinstance(conditioner, TextEncoder):
+            states = conditioner(texts)["encoder_hidden_states"]
+            return {"encoder_hidden_states": states[cond]}, {"encoder_hidden_states": states[uncond]}
+        states, summaries = conditioner.encode(texts)
+        # As diffusers: an empty text that was asked for is encoded, only no text at all may be zeros.
+        heard = 0 if negatives is None and conditioner.zero_null else 1
+        null = conditioner.context(states[uncond] * heard, summaries[uncond] * heard)
+        return conditioner.context(states[cond], summaries[cond]), null
 
 
 @contextmanager

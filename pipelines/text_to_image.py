@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ldm.classifier import NoisyClassifier
 from ldm.guidance import classifier_free
 from ldm.samplers import SAMPLERS
 from ldm.schedule import step_grid
+from ldm.steps import Callback
 from ldm.unet import UNet
 from pipelines.arguments import (
     Generators,
@@ -38,7 +39,6 @@ from pipelines.picture import painted
 from pipelines.prompts import contexts
 from pipelines.scheduler import grid_of, sampler_of, sampler_options
 
-Callback = Callable[[int, float, Tensor, Tensor], None]  # step, sigma, x at sigma, estimate of x_0
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -151,6 +151,10 @@ class TextToImagePipeline(OpenedModel):
             raise ValueError(f"sampler={name!r}: expected one of {', '.join(SAMPLERS)}")
         if eta and name != "ddim":
             raise ValueError(f"eta={eta} belongs to sampler='ddim', not to {name!r}")
+        if variance and (name != "ddpm" or variance not in ("small", "large")):
+            raise ValueError(f"variance={variance!r} with sampler {name}: expected small or large, with sampler='ddpm'")
+        if classifier is None and classifier_scale != 1:
+            raise ValueError(f"classifier_scale={classifier_scale} belongs to a classifier, and none was given")
         grid = grid_of(model.scheduler, model.schedule, name, spacing, model.steps_offset)
         sigmas = step_grid(model.schedule, steps, grid)
         scale = max(1.0, defaults.guidance_scale if guidance_scale is None else guidance_scale)
@@ -201,10 +205,6 @@ class TextToImagePipeline(OpenedModel):
         denoise = classifier_free(model.denoiser, cond, uncond, scale, rescale=guidance_rescale, interval=interval)
         if classifier is not None:
             denoise = guided_to(denoise, classifier, prompts, classifier_scale, unit)
-        elif classifier_scale != 1:
-            raise ValueError(f"classifier_scale={classifier_scale} belongs to a classifier, and none was given")
-        if variance and (name != "ddpm" or variance not in ("small", "large")):
-            raise ValueError(f"variance={variance!r} with sampler {name}: expected small or large, with sampler='ddpm'")
         fixed = {"variance": variance} if variance else {}
         denoise = start.hold(denoise)
         with tqdm(total=len(sigmas) - 1, unit="step", leave=False, disable=not self.progress) as bar:

@@ -130,6 +130,7 @@ def test_latents_of_half_the_resolution_are_those_of_the_same_sample():
     ours, _ = pair()
     images, noise = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 3, 4, 6)
     output, posterior, halved = ours(images, noise, halved=True)
+    close(ours(images, noise, added=noise)[0], ours.decode(posterior.sample(noise) + noise))
     assert halved.shape == (2, 3, 8, 12)
     latents = posterior.sample(noise)
     close(output, ours.decode(latents))

@@ -281,5 +281,5 @@ def test_models_of_another_kind_are_refused(model_folder: Path, tmp_path: Path) 
     model.codes = None
     with pytest.raises(ValueError, match=r"no codes/"):
         DiffusionAutoencoderPipeline(model).sample()
-    with pytest.raises(ValueError, match="expected the config of a CodeDiffusion"):
+    with pytest.raises(ValueError, match="expected one of a CodeDiffusion"):
         CodesConfig.from_dict({"_class_name": "MLP", "dim": 3})

@@ -19,6 +19,7 @@ from train.metrics import (
     kernel_distance,
     nearest,
     precision_recall,
+    psnr,
 )
 
 DIM = 6
@@ -158,6 +159,14 @@ def test_neighbours() -> None:
     assert found.values.numpy() == pytest.approx(np.sort(distances, 1)[:, :2])
     assert nearest(points, points + 1e-4).values.max() < 1e-3  # near pairs of long vectors, too
     assert nearest(1e4 + points, 1e4 + points).values.max() == 0
+
+
+def test_psnr() -> None:
+    """20 log10(range / deviation); the same pictures have the most that is counted, which is no infinity."""
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    noise = torch.tensor([0.2, 0.02]).view(-1, 1, 1, 1) * torch.ones_like(images)
+    assert psnr(images + noise, images).tolist() == pytest.approx([20.0, 40.0], abs=1e-2)
+    assert psnr(images, images).tolist() == [100.0, 100.0]
 
 
 def test_clip_score() -> None:

@@ -1,6 +1,7 @@
 """The network that judges: what it learns, that nothing of how it was run shows, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 import train.answers
@@ -68,6 +70,32 @@ def test_it_learns_and_says_how_often_it_is_right(config: Config, halves: Path, 
     images = [np.asarray(Image.open(halves / name / "0.png")) for name in ("right", "left")]
     found = network(to_unit(torch.from_numpy(np.stack(images))))[0].argmax(1)
     assert found.tolist() == [1, 0]
+
+
+def test_gradients_that_are_no_numbers_reach_no_checkpoint(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward, steps = Accelerator.backward, []
+
+    def poisoned(self, loss, **kwargs) -> None:
+        backward(self, loss, **kwargs)
+        steps.append(loss)
+        if len(steps) == 4:
+            self._models[-1].linear_out.weight.grad.fill_(float("nan"))
+
+    monkeypatch.setattr(Accelerator, "backward", poisoned)
+    with pytest.raises(ValueError, match="gradient is nan at update 3: lower --learning-rate"):
+        main(replace(config, output=tmp_path, epochs=2, checkpoint_every=3))
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000003"]
+    assert all(weight.isfinite().all() for weight in load_recogniser(tmp_path).state_dict().values())
+
+
+def test_another_set_of_the_same_name_is_refused(config: Config, halves: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(halves, tmp_path / "mine")
+    main(replace(config, data=str(mine), output=tmp_path / "run", epochs=1))
+    (mine / "left" / "39.png").unlink()
+    with pytest.raises(ValueError, match="--data is not what this run was trained on"):
+        main(replace(config, data=str(mine), output=tmp_path / "run", epochs=1))
 
 
 def test_a_killed_run_ends_with_the_same_bytes(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

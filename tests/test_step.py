@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 import ldm.unet
 import train.ldm
 from ldm.loss import X0, denoising_loss
+from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from pipelines.inpainting import begin
 from tests.conftest import tiny_model
 from tests.training import state, weights
 from train.batch import Batch, draw_batch
-from train.build import optimizer_for
+from train.build import optimizer_for, share_statistics
 from train.data import chances, permutation
 from train.inpainting import EVERYTHING, draw_mask, nothing_known, shown_beside
 from train.ldm import main
@@ -150,6 +152,23 @@ def test_the_gradient_is_clipped(latents: Config, tmp_path: Path) -> None:
         means = [s["exp_avg"] for s in state(run)["optimizer"]["state"].values()]
         norm = float(torch.cat([mean.flatten() for mean in means]).norm())
         assert norm == pytest.approx(1e-4, rel=1e-3) if clip < 1 else norm > 1e-3
+
+
+def test_batch_norms_of_several_gpus_see_the_whole_batch() -> None:
+    """By names that stay, so that a checkpoint does not tell how many there were."""
+    network = PixelUNet(PixelUNetConfig(block_out_channels=(8, 16), layers_per_block=(1, 1), attention_heads=(0, 2)))
+    names, said = list(network.state_dict()), []
+    one, two = (SimpleNamespace(num_processes=n, device=torch.device("cpu"), print=said.append) for n in (1, 2))
+    for accelerator in (one, two):
+        share_statistics(network, accelerator)  # type: ignore[arg-type]
+        assert not any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    assert len(said) == 1
+    assert "batch norms see the share" in said[0]
+    share_statistics(network, SimpleNamespace(num_processes=2, device=torch.device("cuda")))  # type: ignore[arg-type]
+    assert list(network.state_dict()) == names
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(module, nn.SyncBatchNorm) for module in norms)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

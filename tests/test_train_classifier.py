@@ -1,6 +1,7 @@
 """Training a noisy classifier: what it learns and leaves behind, and that nothing of how it was run shows in it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -63,6 +64,16 @@ def config(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def weights(run: Path) -> bytes:
     return (checkpoints(run)[-1] / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_another_set_of_the_same_name_is_refused(config: Config, pictures: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(pictures, tmp_path / "mine")
+    job = replace(config, data=str(mine), output=tmp_path / "run", updates=2, checkpoint_every=2)
+    main(job)
+    assert main(replace(job, updates=3)) == job.output
+    (mine / "bar" / "39.png").unlink()
+    with pytest.raises(ValueError, match="--data is not what this run was trained on"):
+        main(replace(job, updates=4))
 
 
 def test_it_learns_and_says_at_which_noise(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

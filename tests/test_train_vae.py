@@ -246,11 +246,20 @@ def test_a_plain_vae_learns_its_bound_and_shows_samples(config: Config, tmp_path
 
 def test_crops_do_not_hang_on_the_number_of_processes(config: Config) -> None:
     data = torch.arange(4 * 16 * 16 * 3).view(4, 16, 16, 3).remainder(251).to(torch.uint8)
-    whole, noise = crops(data, config, 3, 0, 1, (4, 4, 4))
+    whole, noise, added = crops(data, config, 3, 0, 1, (4, 4, 4))
     assert whole.shape == (8, 3, 8, 8)
     halves = [crops(data, replace(config, batch_size=4), 3, rank, 2, (4, 4, 4)) for rank in (0, 1)]
     assert torch.cat([half[0] for half in halves]).equal(whole)
     assert torch.cat([half[1] for half in halves]).equal(noise)
+    assert not added.any()
+    one, two = (
+        crops(data, replace(config, latent_noise=s, decoder_only=True, init="x"), 3, 0, 1, (4, 64, 64)) for s in (1, 3)
+    )
+    assert one[1].equal(two[1])
+    torch.testing.assert_close(3 * one[2], two[2])
+    levels = two[2].std((1, 2, 3))  # half-normal, each crop its own
+    assert 0.5 < float(levels.square().mean().sqrt()) / 3 < 1.6
+    assert float(levels.max()) > 2 * float(levels.min())
     # Each is a square of one of the pictures, as it is or mirrored.
     windows = to_unit(data).unfold(2, 8, 1).unfold(3, 8, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)
     windows = torch.cat([windows, windows.flip(3)])
@@ -322,6 +331,26 @@ def test_a_decoder_alone_leaves_the_latents_as_they_are(
     assert (before.decode(one.mean) - after.decode(one.mean)).abs().max() > 1e-3
     with pytest.raises(ValueError, match="--decoder-only keeps the encoder of an autoencoder: name it by --init"):
         replace(config, decoder_only=True)
+
+
+def test_a_decoder_learns_to_do_without_noise_in_its_latents(
+    trained: tuple[Path, list[dict]], config: Config, tmp_path: Path
+) -> None:
+    job = replace(
+        config, init=str(trained[0]), model=TINY, decoder_only=True, updates=100, batch_size=16, learning_rate=4e-3
+    )
+    images = to_unit(pixels(config))
+    errors = {}
+    for noise in (0.0, 1.0):
+        vae = load_autoencoder(run(replace(job, latent_noise=noise), tmp_path / f"{noise}")[0])
+        latents = vae.encode(images).mean
+        added = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        errors[noise] = [float((vae.decode(latents + s * added) - images).square().mean()) for s in (0.0, 0.7)]
+    assert errors[1.0][1] < 0.8 * errors[0.0][1]
+    assert errors[1.0][0] < 2 * errors[0.0][0]
+    for settings in ({"latent_noise": 0.1}, {"latent_noise": -0.1}):
+        with pytest.raises(ValueError, match=r"--latent-noise .* expected at least 0, and --decoder-only"):
+            replace(config, **settings)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(

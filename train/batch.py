@@ -63,17 +63,17 @@ def draw_batch(
         more = [generator(config.seed, update, position, 1) for position in range(first, first + config.batch_size)]
     if config.offset_noise:  # N. Guttenberg, "Diffusion with offset noise" (2023)
         offset = torch.stack([torch.randn(len(x0[0]), 1, 1, generator=draw) for draw in more])
-        noise = noise + config.offset_noise * offset.to(noise)
+        noise = noise + config.offset_noise * sent(offset, device)
     options = {}
     if config.perturbation:
         unseen = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more])
-        options["seen"] = noise + config.perturbation * unseen.to(noise)
+        options["seen"] = noise + config.perturbation * sent(unseen, device)
     beside = {}
     if inpaints:
         assert model is not None
         assert taken.pixels is not None
         masks = sent(torch.stack([draw_mask(draw, *taken.pixels.shape[2:]) for draw in more]), device)
-        unlike = torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more]).to(device)
+        unlike = sent(torch.stack([torch.randn(noise.shape[1:], generator=draw) for draw in more]), device)
         beside["concat"] = shown_beside(model.vae, taken.pixels, masks, unlike)
     weight = torch.where(sent(taken.parts, device) == prior, config.prior_weight, 1.0)
     return Batch(x0, captions, sent(taken.sizes, device), sent(drawn.u, device), noise, weight, beside, options)

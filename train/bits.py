@@ -82,7 +82,7 @@ def measure_bits(
         with opened.denoiser.learned_variance() as variance:
             step = ancestral_step(denoise, variance if opened.learned_variance else "small")
             noise = picture_noise(draws)
-            bound = FORMS[method](step, x0, schedule, noise, log_likelihood=likelihood, rows=asked, stand_for=sizes)
+            bound = FORMS[method](step, x0, schedule, noise, log_likelihood=likelihood, rows=asked, weights=sizes)
         if isinstance(opened.vae, Identity):
             costs = {"reconstruction": -bound.reconstruction, "prior": bound.prior, "denoising": bound.denoising}
             for name, cost in costs.items():

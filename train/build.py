@@ -134,6 +134,23 @@ def optimizer_for(learner: nn.Module, config: Config, accelerator: Accelerator) 
     return AdamW8bit(weights, rate, betas=BETAS, weight_decay=decay)
 
 
+def share_statistics(network: nn.Module, accelerator: Accelerator) -> None:
+    """Lets batch norms see the whole batch that several GPUs share, as one would; on a CPU, which can't, it is said."""
+    if accelerator.num_processes == 1 or not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return
+    if accelerator.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    else:
+        accelerator.print("batch norms see the share of a batch that a process has: their number changes the run")
+
+
+def decaying(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """A network's weights as AdamW's groups: matrices decay; gains, biases and a temperature do not."""
+    matrices = [weight for weight in network.parameters() if weight.ndim > 1]
+    others = [weight for weight in network.parameters() if weight.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
 def open_autoencoder(vae: str) -> Autoencoder | Identity:
     """What `--vae` names: a folder, "bundled", or "none" for pixels, "grey" for grey ones."""
     if vae in ("none", "grey"):

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,14 +24,15 @@ from tqdm import tqdm
 from ldm.classifier import NoisyClassifier, NoisyClassifierConfig, classification_loss
 from ldm.loss import training_noise
 from pipelines.files import read_weights, save_network
-from train.build import begin_at_zero, open_autoencoder, own_size
+from train.build import begin_at_zero, decaying, open_autoencoder, own_size
 from train.cache import Latents, cache_latents
 from train.config import parse
-from train.data import draws, generator, permutation
+from train.data import draws, generator, permutation, refuse_other_data, sent
+from train.hashes import FileHashes
 from train.launch import MixedPrecision, memory_format, start
-from train.progress import Progress
+from train.progress import Progress, refuse_bad_step
 from train.sources import Source, describe, first_captions, open_source
-from train.state import clamp_warmup, learning_rate, resume, save_checkpoint
+from train.state import clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
 
 SMALL = NoisyClassifierConfig()
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # at which the accuracy is measured
@@ -132,6 +133,7 @@ def main(config: Config) -> Path:
     accelerator.print(describe(source, size))
     names = classes_of(source)  # before the pictures are read, which may take long
     everything = cache_latents(source, vae, size, config.cache, accelerator, config.workers)
+    contents = source.fingerprint(FileHashes(config.cache))
     place = {name: i for i, name in enumerate(names)}
     classes = torch.tensor([place[group[0]] for group in everything.captions])
     count = len(classes)
@@ -160,23 +162,18 @@ def main(config: Config) -> Path:
     classifier.to(device, memory_format=memory_format(accelerator, classifier))  # type: ignore[call-overload]
     noise_levels = training_noise(config.noise, classifier.schedule, mean=config.noise_mean, std=config.noise_std)
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
-    matrices = [p for p in classifier.parameters() if p.ndim > 1]
-    others = [p for p in classifier.parameters() if p.ndim <= 1]  # gains and biases do not decay
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        fused=True,
-    )
+    groups = decaying(classifier, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     update = 0
     global_batch = config.batch_size * accelerator.num_processes
-    free = ("workers", "cache", "checkpoint_every", "updates", "batch_size")
+    free = ("workers", "cache", "font", "checkpoint_every", "updates", "batch_size")
     if found := resume(config.output, config, may_change=free, global_batch=global_batch):
         folder, state = found
+        refuse_other_data(state, contents)
         update = state["update"]
         classifier.load_state_dict(read_weights(folder))
         optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler and state.get("scaler"):
-            accelerator.scaler.load_state_dict(state["scaler"])
+        load_scaler(accelerator, state)
         accelerator.print(f"going on from {folder}")
     network, optimizer = accelerator.prepare(classifier, optimizer)
     accelerator.init_trackers("classifier")
@@ -192,22 +189,13 @@ def main(config: Config) -> Path:
         first = rank * config.batch_size
         shape = latents.mean.shape[1:]
         drawn = draws(config.seed, update, first, config.batch_size, global_batch, len(labels), shape)
-        posterior_noise, noise = drawn.normal.to(device)
+        posterior_noise, noise = sent(drawn.normal, device)
         x0 = latents.posterior(drawn.indices, device).sample(posterior_noise)
-        sigma = noise_levels.sigma(drawn.u.to(device))
-        loss = classification_loss(network, x0, labels[drawn.indices].to(device), sigma, noise).mean()
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at update {update}: lower --learning-rate or set --mixed-precision no; "
-                f"the checkpoints in {config.output} are untouched"
-            )
+        sigma = noise_levels.sigma(sent(drawn.u, device))
+        loss = classification_loss(network, x0, sent(labels[drawn.indices], device), sigma, noise).mean()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
-        if not torch.isfinite(norm) and not accelerator.scaler:  # which leaves such a step out
-            raise ValueError(
-                f"the gradient is {norm.item()} at update {update}: lower --learning-rate or set --mixed-precision no; "
-                f"the checkpoints in {config.output} are untouched"
-            )
+        refuse_bad_step(accelerator, loss, norm, update, config.output)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -220,9 +208,8 @@ def main(config: Config) -> Path:
             progress.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
         if due:
             if accelerator.is_main_process:
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None  # of fp16
-                kept: dict[str, Any] = {"optimizer": optimizer.state_dict(), "scaler": scaler}
-                kept["global_batch"] = global_batch
+                kept = {"optimizer": optimizer.state_dict(), "scaler": scaler_state(accelerator)}
+                kept |= {"global_batch": global_batch, "data": contents}
                 saved = save_checkpoint(config.output, done, lambda f: save_network(classifier, f), kept, config)
                 shares = accuracies(classifier, unseen, answers, device)
                 accelerator.log(shares, done)

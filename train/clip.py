@@ -25,13 +25,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conditioning.tokenizer import ClipTokenizer
+from train.build import decaying
 from train.clip_model import WEIGHTS, Judge, save_clip, tokenise
 from train.config import flags_in, parse
-from train.data import Pictures, generator, read_pictures, to_unit
+from train.data import Pictures, generator, read_pictures, refuse_other_data, sent, to_unit
 from train.launch import MixedPrecision, start
-from train.progress import Progress
+from train.progress import Progress, refuse_bad_step
 from train.sources import describe, open_source
-from train.state import clamp_warmup, learning_rate, resume, save_checkpoint
+from train.state import clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
@@ -203,24 +204,16 @@ def main(config: Config) -> Path:
     arguments = config.arguments(len(tokenizer))
     layout = torch.channels_last  # narrow convolutions are faster so, in bfloat16 as well
     network = open_clip.CLIP(**arguments).to(memory_format=layout)
-    matrices = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]  # gains, biases, the temperature: they do not decay
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.98),
-        eps=1e-6,
-        fused=True,
-    )
+    groups = decaying(network, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
     update = 0
     if found:
         folder, state = found
-        pictures.refuse_others(state)  # another vocabulary would be learnt from them
+        refuse_other_data(state, pictures.contents)  # another vocabulary would be learnt from them
         update = state["update"]
         network.load_state_dict(load_file(folder / "clip" / WEIGHTS))
         optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler and state.get("scaler"):
-            accelerator.scaler.load_state_dict(state["scaler"])
+        load_scaler(accelerator, state)
         accelerator.print(f"going on from {folder}")
     model, optimizer = accelerator.prepare(network, optimizer)
     contrast = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=processes)
@@ -241,20 +234,12 @@ def main(config: Config) -> Path:
         ids = tokenise(tokenizer, [caption for _, caption in pairs[rank::processes]], config.context_length)
 
         model.train()
-        seen, said, scale = model(images.to(device, memory_format=layout), ids.to(device))
+        seen, said, scale = model(sent(images, device).to(memory_format=layout), sent(ids, device))
         loss = contrast(seen.float(), said.float(), scale)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at update {update} (captions {[c for _, c in pairs[:3]]} …): lower "
-                f"--learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
-            )
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        if not torch.isfinite(norm) and not accelerator.scaler:  # which leaves such a step out
-            raise ValueError(
-                f"the gradient is {norm.item()} at update {update} (captions {[c for _, c in pairs[:3]]} …): lower "
-                f"--learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
-            )
+        some = f"captions {[caption for _, caption in pairs[:3]]} …"
+        refuse_bad_step(accelerator, loss, norm, update, config.output, some)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -271,8 +256,8 @@ def main(config: Config) -> Path:
             progress.bar.set_postfix_str(" ".join(f"{name} {number:.3f}" for name, number in numbers.items()))
         if due:
             if accelerator.is_main_process:
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None  # of fp16
-                state = {"optimizer": optimizer.state_dict(), "scaler": scaler, "data": pictures.contents}
+                state = {"optimizer": optimizer.state_dict(), "scaler": scaler_state(accelerator)}
+                state["data"] = pictures.contents
                 save_checkpoint(
                     config.output, done, lambda f: save_clip(f, network, arguments, tokenizer), state, config
                 )

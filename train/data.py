@@ -111,16 +111,16 @@ def workers_named() -> Iterator[None]:
 
 
 def refuse_unusable(unusable: Sequence[tuple[str, str]], total: int, say: Callable[[str], None] = print) -> None:
-    """Names the pictures of a part of --data that cannot be used; ValueError when they are too many (`judge`)."""
+    """Names the pictures of a part of --data that cannot be used; ValueError when they are too many."""
     for key, error in unusable[:10]:
         say(f"left out {key}: {error}")
     if len(unusable) > 10:
         say(f"… and {len(unusable) - 10} more pictures left out")
     if unusable:
-        judge(len(unusable), total, *unusable[0])
+        refuse_share(len(unusable), total, *unusable[0])
 
 
-def judge(unusable: int, total: int, key: str, error: str) -> None:
+def refuse_share(unusable: int, total: int, key: str, error: str) -> None:
     """ValueError when the pictures that cannot be used, such as `key`, are more than `MAX_UNUSABLE` of all."""
     if unusable > MAX_UNUSABLE * total:
         raise ValueError(
@@ -137,13 +137,15 @@ class Pictures(NamedTuple):
     keys: list[str]
     contents: str = ""  # fingerprint of the source
 
-    def refuse_others(self, state: Mapping[str, Any]) -> None:
-        """ValueError where a run was of other pictures: it would go on in another order, with other ones held out."""
-        if state.get("data", self.contents) != self.contents:  # checkpoints had none at first
-            raise ValueError(
-                "--data is not what this run was trained on: pictures or captions were added, removed or changed. Put "
-                "back what was there, and type the same command again; or begin a new run with another --output"
-            )
+
+def refuse_other_data(state: Mapping[str, Any], contents: str) -> None:
+    """ValueError where a run was of other pictures than those of this fingerprint: it would go on in another order,
+    with other ones held out."""
+    if state.get("data", contents) != contents:  # checkpoints had none at first
+        raise ValueError(
+            "--data is not what this run was trained on: pictures or captions were added, removed or changed. Put "
+            "back what was there, and type the same command again; or begin a new run with another --output"
+        )
 
 
 def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, progress: bool = True) -> Pictures:
@@ -179,7 +181,7 @@ def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, p
                     captions.append(loaded.captions)
                     keys.append(loaded.key)
             refuse_unusable(unusable, len(source))
-            file.truncate(begin + math.prod(shape))  # as the header says; those left out lack at its end
+            file.truncate(begin + math.prod(shape))  # as the header says: those left out are zeros, at the end
         with written_aside(caption_file) as partial:
             partial.write_text(json.dumps({"captions": captions, "keys": keys}))
     said = json.loads(caption_file.read_text())

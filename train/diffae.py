@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from conditioning.semantic import SemanticConfig, SemanticEncoder
-from ldm.loss import denoising_loss, training_noise, training_weight
+from ldm.loss import Weight, denoising_loss, training_noise, training_weight
 from ldm.unet import UNetConfig
 from pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
 from pipelines.files import checkpoints
@@ -33,15 +33,15 @@ from train.build import fitted, new_unet, open_autoencoder, own_size
 from train.cache import cache_latents
 from train.codes import train_codes
 from train.config import parse
-from train.data import draws, permutation, read_pictures, to_unit
+from train.data import draws, permutation, read_pictures, refuse_other_data, sent, to_unit
 from train.grid import grid
 from train.launch import MixedPrecision, matrix_type, memory_format, start
 from train.muon import Muon
-from train.progress import Progress
+from train.progress import Progress, refuse_bad_step
 from train.set_presets import TEXT_IN_PIXELS
 from train.settings import SMALL
 from train.sources import describe, open_source
-from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
+from train.state import EMA, clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
 from train.watch import errors_by_level
 
 
@@ -129,6 +129,19 @@ def new_model(config: Config) -> Model:
     return model
 
 
+class Learner(nn.Module):
+    """The loss of encoder and denoiser as one module, for mixed precision and several processes to wrap: the model
+    itself is looked at in float32."""
+
+    def __init__(self, model: Model, weight: Weight):
+        super().__init__()
+        self.denoiser, self.encoder, self.weight = model.denoiser, model.conditioner, weight
+
+    def forward(self, images: Tensor, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """[B]: of pictures [B, 3, H, W], whose latents x0 are, at noise levels [B]."""
+        return denoising_loss(self.denoiser, x0, self.encoder(images), sigma, noise, self.weight)
+
+
 @dataclass
 class Shown:
     """What a run is measured and looked at by: pictures that it does not train on."""
@@ -198,7 +211,7 @@ def main(config: Config) -> Path:
 
     DiffusionAutoencoderPipeline(model).levels()
     global_batch = config.batch_size * accelerator.num_processes
-    free = ("workers", "cache", "checkpoint_every", "updates", "batch_size")
+    free = ("workers", "cache", "font", "checkpoint_every", "updates", "batch_size")
     found = resume(config.output, config, may_change=free, global_batch=global_batch)
 
     source = open_source(config.data, model.size, font=config.font, views=config.views, captions=False)
@@ -225,15 +238,14 @@ def main(config: Config) -> Path:
     update = 0
     if found:
         folder, state = found
-        pictures.refuse_others(state)
+        refuse_other_data(state, pictures.contents)
         update = state["update"]
         networks.load_state_dict(state["networks"])
         ema.load(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler and state.get("scaler"):
-            accelerator.scaler.load_state_dict(state["scaler"])
+        load_scaler(accelerator, state)
         accelerator.print(f"going on from {folder}")
-    denoiser, encoder, optimizer = accelerator.prepare(model.denoiser, model.conditioner, optimizer)
+    learner, optimizer = accelerator.prepare(Learner(model, weight), optimizer)
     accelerator.init_trackers("diffae")
     millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in networks.items()}
     accelerator.print(f"M parameters: {millions}, {config.updates} updates of {global_batch}")
@@ -241,8 +253,7 @@ def main(config: Config) -> Path:
     def state_now() -> dict[str, Any]:
         raw = {name: value.clone() for name, value in networks.state_dict().items()}
         kept = {"networks": raw, "ema": [average.clone() for average in ema.weights]}
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None  # of fp16
-        about = {"scaler": scaler, "global_batch": global_batch, "data": pictures.contents}
+        about = {"scaler": scaler_state(accelerator), "global_batch": global_batch, "data": pictures.contents}
         return {**kept, "optimizer": optimizer.state_dict(), **about}
 
     networks.eval()  # there is no dropout and no batch normalisation: it is the same in training
@@ -260,18 +271,14 @@ def main(config: Config) -> Path:
             config.seed, update, first, config.batch_size, global_batch, len(trained_on), latents.mean.shape[1:]
         )
         rows = trained_on[drawn.indices]
-        posterior_noise, noise = drawn.normal.to(device)
+        posterior_noise, noise = sent(drawn.normal, device)
         x0 = latents.posterior(rows, device).sample(posterior_noise)
-        images = to_unit(pixels[rows]).to(device, memory_format=layout)
-        sigma = noise_levels.sigma(drawn.u.to(device))
-        loss = denoising_loss(denoiser, x0, encoder(images), sigma, noise, weight).mean()
+        images = sent(to_unit(pixels[rows]), device).to(memory_format=layout)
+        sigma = noise_levels.sigma(sent(drawn.u, device))
+        loss = learner(images, x0, sigma, noise).mean()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(networks.parameters(), config.clip)
-        if not torch.isfinite(loss) or not (torch.isfinite(norm) or accelerator.scaler):  # which leaves such a step out
-            raise ValueError(
-                f"the loss is {loss.item()} and the gradient {norm.item()} at update {update}: lower --learning-rate "
-                f"or set --mixed-precision no; the checkpoints in {config.output} are untouched"
-            )
+        refuse_bad_step(accelerator, loss, norm, update, config.output)
         optimizer.step()
         optimizer.zero_grad()
         ema.step(update)

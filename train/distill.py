@@ -4,9 +4,9 @@ It is shown what the teacher was trained on (give the --template anew, if it had
 
 The student begins as its teacher, --model, and learns to arrive in one step where the guided teacher arrives in
 --substeps of them (`ldm.consistency`). Of the ways to do this it is the one with a single network to train and no
-adversary, its loss says how far it is, and it is sampled by DDIM's own steps: whatever opens a Stable Diffusion folder
-paints with it, at guidance 1. Distribution matching (DMD, arXiv:2311.18828) can be sharper in one step, for two more
-networks and a balance to keep.
+adversary, and it is sampled by DDIM's own steps: whatever opens a Stable Diffusion folder paints with it, at
+guidance 1. Distribution matching (DMD, arXiv:2311.18828) can be sharper in one step, for two more networks and a
+balance to keep.
 
 The loop is that of train/ldm.py, with its data, checkpoints and flags; only the loss is another.
 """
@@ -103,7 +103,8 @@ def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Object
         denoiser, defaults = teacher.denoiser, teacher.defaults
         told = not isinstance(teacher.conditioner, Unconditional)
         del teacher  # its autoencoder and text encoder are the student's, too
-        denoiser.network.to(next(student.unet.parameters()).device).to(memory_format=layout_of(student.unet))
+        device = next(student.unet.parameters()).device
+        denoiser.network.to(device).to(memory_format=layout_of(student.unet))
         denoiser.requires_grad_(False).eval()
         if config.compile:
             denoiser.network = torch.compile(denoiser.network)  # type: ignore[assignment]
@@ -116,7 +117,7 @@ def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Object
         else:
             grid = SAMPLERS[SAMPLER].grid_for(schedule, spacing="trailing")
             levels = subdivided(step_grid(schedule, steps, grid), config.substeps, schedule.sigma_min)
-        segments = Segments(levels, config.substeps)
+        segments = Segments(levels.float().to(device), config.substeps)
         scale = defaults.guidance_scale if config.teacher_guidance is None else config.teacher_guidance
         scale = max(1.0, scale) if told else 1.0
 

@@ -25,9 +25,9 @@ from pipelines import TextToImagePipeline
 from train.data import generator, to_unit
 from train.extractors import open_extractor
 from train.grid import grid
-from train.judge import answers_of, open_judge, verdicts
+from train.judge import answers_of, logits_of, open_judge
 from train.launch import start
-from train.metrics import diversity
+from train.metrics import diversity, psnr
 from train.neighbours import copies, in_words, memorisation
 from train.pictograms import GROUNDS, STYLES, Pictograms, Row, captions, is_drawn, objects_of, paint
 from train.pictures import digest
@@ -101,14 +101,13 @@ def drawn_afresh(rows: Sequence[Row], size: int, font: str | None) -> list[Image
 def reconstruction_psnr(pipe: TextToImagePipeline, rows: list[Row], size: int, font: str | None) -> dict[str, float]:
     """PSNR in dB of the autoencoder's reconstructions of freshly drawn pictures, the mean over pictures, in all and by
     style; and the standard error of that over all."""
-    by_style: dict[str, list[float]] = {}
-    for row, drawing in zip(rows, drawn_afresh(rows, size, font), strict=True):
-        pixels = torch.from_numpy(np.array(drawing))[None]
+    every: list[float] = []
+    for pixels in torch.from_numpy(np.stack([np.array(one) for one in drawn_afresh(rows, size, font)])).split(16):
         images = to_unit(pixels).to(pipe.device, pipe.dtype)
-        output = pipe.model.vae.decode(pipe.model.vae.encode(images).mode).clamp(-1, 1)
-        error = ((output.float() - images.float()) / 2).square().mean()
-        by_style.setdefault(row.style, []).append(float(-10 * error.log10()))
-    every = [value for values in by_style.values() for value in values]
+        every += psnr(pipe.model.vae.decode(pipe.model.vae.encode(images).mode).clamp(-1, 1), images).tolist()
+    by_style: dict[str, list[float]] = {}
+    for row, decibels in zip(rows, every, strict=True):
+        by_style.setdefault(row.style, []).append(decibels)
     spread = {"standard_error": float(np.std(every, ddof=1) / len(every) ** 0.5)}
     return {"all": float(np.mean(every)), **spread, **{s: float(np.mean(v)) for s, v in sorted(by_style.items())}}
 
@@ -117,8 +116,8 @@ def judged(judge: Recogniser, images: list[Image.Image], rows: list[Row]) -> dic
     """Share of the pictures in which the judge sees what was asked for, by task: object, style."""
     asked = {"object": [row.object for row in rows], "style": [row.style for row in rows]}
     shares = {}
-    for i, (task, answers) in enumerate(judge.config.tasks):
-        found = [answers[place] for place in verdicts(judge, images, i).tolist()]
+    for (task, answers), logits in zip(judge.config.tasks, logits_of(judge, images), strict=True):
+        found = [answers[place] for place in logits.argmax(1).tolist()]
         shares[task] = sum(a == b for a, b in zip(found, asked[task], strict=True)) / len(rows)
     return shares
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from train.buckets import assign, picture_sizes
 from train.cache import Cached, Latents, open_cache
-from train.data import load, permutation, remove_dead, to_unit
+from train.data import load, permutation, remove_dead, sent, to_unit
 from train.hashes import FileHashes
 from train.order import Order
 from train.pictures import digest
@@ -85,7 +85,7 @@ class CachedFeed:
         pixels = None
         if self.readers:
             reading = self._read_ahead(chosen, (update, first, size, global_batch))
-            pixels = to_unit(torch.stack([one.result() for one in reading])).to(self.device)
+            pixels = to_unit(sent(torch.stack([one.result() for one in reading]), self.device))
         return Taken(posterior.mean, posterior.logvar, captions, self.framing[chosen], self.parts[chosen], pixels)
 
     def _read_ahead(self, chosen: Tensor, call: tuple[int, int, int, int]) -> list[Future[Tensor]]:

@@ -49,19 +49,20 @@ def answers_of(judge: Recogniser | NoisyClassifier) -> dict[str, tuple[str, ...]
 
 
 @torch.no_grad()
-def verdicts(judge: Recogniser | NoisyClassifier, images: list[Image.Image], task: int = 0) -> torch.Tensor:
-    """The likeliest answer of each picture, its place in those of the task: [N]."""
-    config = judge.config
-    pixels = resized([np.asarray(image) for image in images], config.sample_size)
+def logits_of(judge: Recogniser | NoisyClassifier, images: list[Image.Image]) -> tuple[torch.Tensor, ...]:
+    """What the judge makes of pictures, for each of its tasks: [N, answers]."""
+    parts = resized([np.asarray(image) for image in images], judge.config.sample_size).split(100)
     if isinstance(judge, Recogniser):
-        logits = [judge(as_seen(judge.config, to_unit(part)))[task] for part in pixels.split(100)]
-        return torch.cat(logits).argmax(1)
-    found = []
-    for i, part in enumerate(pixels.split(100)):
-        x0 = Identity(config.in_channels).encode(to_unit(part)).mean
-        noise = torch.randn(x0.shape, generator=generator(i))
-        found.append(judge(x0 + LEVEL * noise, LEVEL).argmax(1))
-    return torch.cat(found)
+        found = [judge(as_seen(judge.config, to_unit(part))) for part in parts]
+        return tuple(torch.cat(of_task) for of_task in zip(*found, strict=True))
+    clean = [Identity(judge.config.in_channels).encode(to_unit(part)).mean for part in parts]
+    noises = (torch.randn(x0.shape, generator=generator(i)) for i, x0 in enumerate(clean))
+    return (torch.cat([judge(x0 + LEVEL * noise, LEVEL) for x0, noise in zip(clean, noises, strict=True)]),)
+
+
+def verdicts(judge: Recogniser | NoisyClassifier, images: list[Image.Image]) -> torch.Tensor:
+    """The likeliest answer of each picture to the first task, its place in its answers: [N]."""
+    return logits_of(judge, images)[0].argmax(1)
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def right_by_caption(
     """
     features = features.to(judge.linear_out.weight)
     shares = {}
-    for i, (task, answers) in enumerate(judge.config.tasks):
+    for (task, answers), logits in zip(judge.config.tasks, judge.answer(features), strict=True):
         named = [_named(caption)[task] if task in ("object", "style") else caption for caption in said]
         place = {name: i for i, answer in enumerate(answers) for name in (answer, *_made(answer, template))}
         if strange := set(named) - set(place):
@@ -84,7 +85,7 @@ def right_by_caption(
                 "--template makes of classes need it here, too"
             )
         truth = torch.tensor([place[name] for name in named])
-        shares[task] = float((judge.answer(features)[i].argmax(1).cpu() == truth).float().mean())
+        shares[task] = float((logits.argmax(1).cpu() == truth).float().mean())
     return shares
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -48,7 +48,10 @@ def start(
         )
     _end_with_the_launcher()
     accelerator = Accelerator(
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENT),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are there twice
+        ],
         mixed_precision=mixed_precision,
         log_with=log_with,
         project_config=ProjectConfiguration(project_dir=str(project_dir)) if project_dir else None,

@@ -6,7 +6,6 @@ epoch): a run that is started again with the same command goes on where its last
 several see the same batches.
 """
 
-import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
 from train.batch import Batch, draw_batch
-from train.build import build, optimizer_for
+from train.build import build, optimizer_for, share_statistics
 from train.config import parse
 from train.data import generator, remove_dead
 from train.feed import CachedFeed, Feed, open_feed
@@ -33,6 +32,7 @@ from train.meter import Meter
 from train.objective import Objective, denoising
 from train.presets import PRESETS, check_model_settings, preset_for
 from train.prior import with_prior
+from train.progress import refuse_not_finite
 from train.settings import Config, settled
 from train.sources import split_parts
 from train.state import EMA, Carried, clamp_warmup, learning_rate, resume, save_checkpoint
@@ -92,6 +92,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
         eight_bit = config.optimizer == "adamw8bit"  # which lays weights out anew
         layout = torch.contiguous_format if eight_bit else memory_format(accelerator, network)
         network.to(memory_format=layout)
+    share_statistics(model.unet, accelerator)
     if sharding(accelerator) == "FSDP":
         refuse_shards(model, config)
     make_trainable(model, config, found and found[0])
@@ -187,9 +188,9 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
             ahead[update + 1] = drawn(update + 1, rank * config.batch_size)
         norm, each = float(norm), torch.stack(found).tolist()  # here a GPU is waited for
         for number, captions in zip(each, seen, strict=True):
-            _refuse_not_finite("loss", number, update, captions, config)
+            refuse_not_finite("loss", number, update, config.output, f"captions {captions} …")
         if not accelerator.scaler:  # which leaves such a step out
-            _refuse_not_finite("gradient", norm, update, seen[-1], config)
+            refuse_not_finite("gradient", norm, update, config.output, f"captions {seen[-1]} …")
         optimizer.step()
         optimizer.zero_grad()
         total = sum(each) / len(each)
@@ -230,12 +231,12 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
     try:
         with feed.rehearsing():
             learn()
-        carried.load(before)
         with evaluating(model, device):
             model.conditioner(prompts)
-        if saved := save(place):
+        if saved := save(place):  # with the optimizer's moments, as every checkpoint
             check_room(config.output, saved, config.keep)
         look(min(len(validation.captions), config.batch_size), prompts, place / "samples.png", steps=2)
+        carried.load(before)
     finally:
         if accelerator.is_main_process:
             for left in (place, *config.output.glob(".checkpoint-*.partial")):  # the second: of a run that was killed
@@ -268,7 +269,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
                 numbers |= meter.read(update, global_batch) | {"ema_distance": ema.distance()}
                 accelerator.log(numbers, update)
                 bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
-            stop = interruption.asked(accelerator)
+            stop = interruption.asked(accelerator) and update < config.updates
             with meter.paused():
                 if stop or due():
                     save(config.output)
@@ -293,14 +294,6 @@ def draws_ahead(device: torch.device, feed: Feed) -> bool:
     """Whether the next update's pictures and noise are drawn while the device computes this one; a stream does that by
     itself, and what it has given counts as seen."""
     return device.type == "cuda" and isinstance(feed, CachedFeed)
-
-
-def _refuse_not_finite(what: str, value: float, update: int, captions: list[str], config: Config) -> None:
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the {what} is {value} at update {update} (captions {captions} …): lower --learning-rate "
-            f"or set --mixed-precision no; the checkpoints in {config.output} are untouched"
-        )
 
 
 if __name__ == "__main__":

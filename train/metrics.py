@@ -153,3 +153,9 @@ def diversity(features: Tensor, groups: Sequence[str]) -> tuple[float, int]:
             total = sum(float(part.sum()) for part in _distances(features[rows], features[rows]))
             means.append(total / (len(rows) * (len(rows) - 1)))
     return (math.fsum(means) / len(means), len(means)) if means else (math.nan, 0)
+
+
+def psnr(output: Tensor, images: Tensor) -> Tensor:
+    """dB of each of two batches' pictures in [-1, 1], at most 100: [B]."""
+    error = ((output.float() - images.float()) / 2).square().flatten(1).mean(1)
+    return -10 * error.clamp(min=1e-10).log10()

@@ -1,9 +1,16 @@
-"""The updates of a training, one after the other, with a bar; told to end, it saves first."""
+"""The updates of a training, one after the other, with a bar; told to end, it saves first.
 
+A loss or gradient that is no number ends it, too, before it spoils the weights.
+"""
+
+import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
 from train.launch import Interruption
@@ -47,3 +54,29 @@ class Progress:
             self.accelerator.end_training()
             self.accelerator.print(f"told to end: update {self.done} is saved, and the same command goes on with it")
             sys.exit(self.interruption.exit_code())
+
+
+def refuse_bad_step(
+    accelerator: Accelerator,
+    loss: Tensor,
+    norm: Tensor,
+    update: int,
+    output: Path,
+    about: object = "",
+) -> None:
+    """`refuse_not_finite` for both numbers of an update, before the optimizer's step; a device is waited for once.
+
+    Under fp16 a gradient may well be infinite: its scaler leaves such a step out.
+    """
+    values = torch.stack([loss.detach().float(), norm.detach().float()]).tolist()
+    for what, value in zip(("loss",) if accelerator.scaler else ("loss", "gradient"), values, strict=False):
+        refuse_not_finite(what, value, update, output, about)
+
+
+def refuse_not_finite(what: str, value: float, update: int, output: Path, about: object = "") -> None:
+    """ValueError for a number that would spoil the weights; `about`, if anything, is said of it."""
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the {what} is {value} at update {update}{f' ({about})' if about else ''}: lower --learning-rate or set "
+            f"--mixed-precision no; the checkpoints in {output} are untouched"
+        )

@@ -201,11 +201,11 @@ SMALL_SETS = {
         **ON_TABLE,
     ),
     # For benchmarks/cifar10.py, about an hour of one core: a fifth of the arithmetic of "cifar10" for a picture, and 14
-    # evaluations for a sample, as four of the ten steps are guided. benchmarks/results/cifar10_cifar10-recogniser.json
-    # has what it reaches. Painting was chosen after this training, by Fréchet distances of 500 samples to held-out
-    # pictures (features of `train/recogniser.py --preset cifar10`, no FID): twelve steps, guidance 2 between 0.3 and 5
-    # 58.5, 4 there 47.5; ten, 4 between 0.3 and 20 43.0; eight, 4 between 0.05 and 80 41.7, but specks. "cifar10"
-    # gains nothing by the like: twelve steps at 2 90.5, nine at 4.5 113, as it is 93.9.
+    # evaluations for a sample, as four of the ten steps are guided. benchmarks/README.md has what it reaches. Painting
+    # was chosen after this training, by Fréchet distances of 500 samples of another seed to held-out pictures (features
+    # of `train/recogniser.py --preset cifar10`, no FID): twelve steps, guidance 2 between 0.3 and 5 58.5, 4 there 47.5;
+    # ten, 4 between 0.3 and 20 43.0; eight, 4 between 0.05 and 80 41.7, but specks. "cifar10" hardly gains by the like:
+    # twelve steps at 2 90.5, nine at 4.5 113, as it is 93.9.
     # Trainings of ten minutes mislead: batches of 32 at 4e-3, less noise and no attention (nor text) on 8×8 brought
     # those from 90 to 75 (noise about -1.2) and 71 (-1.6), but give 57.3 after the hour (-1.4), with larger errors from
     # sigma 0.5 on.

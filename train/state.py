@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -26,7 +27,7 @@ from train.zero import Zero
 def whole(value: Any, *, keep: bool = True) -> Any:
     """A copy of a state in the computer's own memory, in which sharded tensors are whole; all processes have to ask.
 
-    keep: False has None in the place of tensors, for a process that is only asked for its shards.
+    keep: False puts None in the place of tensors, for a process that is only asked for its shards.
     """
     if isinstance(value, dict):
         return {key: whole(part, keep=keep) for key, part in value.items()}
@@ -86,6 +87,7 @@ class Carried:
             self.optimizer.load_state_dict(saved)
             return
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        self.optimizer.state.clear()  # a device may not have room for two
         kept = {
             i: {
                 name: sharded_like(value, weights[i]) if _is_like(value, weights[i]) else value
@@ -130,8 +132,10 @@ class EMA:
     @torch.no_grad()
     def distance(self) -> float:
         """|ema - weights| / |weights|: zero for ever means that the average is dead."""
-        moved = sum(float((w - p.float()).square().sum()) for w, p in zip(self.weights, self.source, strict=True))
-        return math.sqrt(moved / max(sum(float(p.float().square().sum()) for p in self.source), 1e-30))
+        pairs = list(zip(self.weights, self.source, strict=True))
+        moved = torch.stack([(average - weight.float()).square().sum() for average, weight in pairs]).sum()
+        length = torch.stack([weight.float().square().sum() for _, weight in pairs]).sum()
+        return math.sqrt(float(moved) / max(float(length), 1e-30))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -153,6 +157,17 @@ class EMA:
         """Takes the average up where it was left."""
         for mine, saved in zip(self.weights, weights, strict=True):
             mine.copy_(saved)
+
+
+def scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
+    """Of fp16's loss scale; None where there is none."""
+    return accelerator.scaler.state_dict() if accelerator.scaler else None
+
+
+def load_scaler(accelerator: Accelerator, state: Mapping[str, Any]) -> None:
+    """Takes the loss scale up that a checkpoint's state has as "scaler"; a run in another precision has none."""
+    if accelerator.scaler and state.get("scaler"):
+        accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def learning_rate(update: int, *, peak: float, warmup: int, updates: int, schedule: str = "cosine") -> float:
@@ -265,7 +280,8 @@ def resume(
             f"{output} holds a run with other settings ({told}). Type the same command to go on with it, "
             "or choose another --output"
         )
-    state = torch.load(found[-1] / "training" / "state.pt", weights_only=True, map_location="cpu")
+    # Mapped, so that the processes of a machine read it into one memory.
+    state = torch.load(found[-1] / "training" / "state.pt", weights_only=True, map_location="cpu", mmap=True)
     if global_batch and state.get("global_batch", global_batch) != global_batch:
         raise ValueError(
             f"{output} holds a run whose updates see {state['global_batch']} pictures (batch size × processes × "

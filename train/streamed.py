@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from train.cache import Latents
-from train.data import fit, framing, to_unit
+from train.data import fit, framing, sent, to_unit
 from train.shards import Shards
 from train.streams import STREAMS, Block, Cursor, Stream, Unusable, held_out
 from train.taken import VALIDATION, Taken
@@ -111,7 +111,7 @@ class StreamFeed:
 
     @torch.no_grad()
     def _encode(self, pixels: np.ndarray) -> tuple[Posterior, Tensor]:
-        images = to_unit(torch.from_numpy(pixels.copy())).to(self.device)
+        images = to_unit(sent(torch.from_numpy(pixels.copy()), self.device))
         return self.vae.encode(images), images
 
     def _seen(self, number: int) -> Latents:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from train.data import generator, judge
+from train.data import generator, refuse_share
 from train.pictures import Row
 from train.shards import Place, Shards
 
@@ -51,7 +51,7 @@ class Unusable:
             more = "… more rows are left out; they are counted"
             print(f"left out {key}: {error}" if len(self.named) <= 10 else more)
         if self.rows >= JUDGED:
-            judge(self.unusable, self.rows, key, error)
+            refuse_share(self.unusable, self.rows, key, error)
 
 
 class Block(NamedTuple):

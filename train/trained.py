@@ -45,8 +45,8 @@ def make_trainable(model: Model, config: Config, checkpoint: Path | None) -> Non
     else:
         for network in networks.values():
             network.requires_grad_(True)
-    if isinstance(model.conditioner, ClipTextPair):
-        for weight in model.conditioner.unused():
+    if isinstance(model.conditioner, ClipTextEncoder | ClipTextPair):
+        for weight in model.conditioner.unused():  # several processes would wait for their gradients
             weight.requires_grad_(False)
     for network in networks.values():
         network.train()

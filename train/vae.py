@@ -23,13 +23,14 @@ from pipelines.files import save_network
 from pipelines.picture import to_pil
 from train.build import begin_at_zero, open_autoencoder, own_size
 from train.config import flags_in, parse
-from train.data import batch_indices, generator, permutation, read_pictures, to_unit
+from train.data import batch_indices, generator, permutation, read_pictures, refuse_other_data, sent, to_unit
 from train.grid import grid
 from train.launch import MixedPrecision, matrix_type, memory_format, start
+from train.metrics import psnr
 from train.muon import Muon
-from train.progress import Progress
+from train.progress import Progress, refuse_bad_step
 from train.sources import describe, open_source
-from train.state import EMA, clamp_warmup, learning_rate, resume, save_checkpoint
+from train.state import EMA, clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 from vae.losses import (
     LossWeights,
@@ -73,6 +74,9 @@ class Config:
     output: Path = Path("runs/vae")  # checkpoints, sample grids and logs
     init: str | None = None  # an autoencoder to fine-tune, instead of `model` from nothing: folder, or "bundled"
     decoder_only: bool = False  # of --init: the latents stay as they are, and so does every model in them
+    # Of --decoder-only: noise in what is decoded, whose levels are half-normal with this deviation (latents have 1), so
+    # that pictures do not show what a sampler gets wrong of them (arXiv:2510.11690).
+    latent_noise: float = 0.0
     model: AutoencoderConfig = TINY  # the network to train from nothing
     size: int | None = 64  # side of the pictures in pixels; None: what the autoencoder of --init was trained on
     crop: int = 64  # side of the random squares that are trained on
@@ -102,6 +106,11 @@ class Config:
             raise ValueError(f"--clip {self.clip}: expected above 0, inf for no limit")
         if self.decoder_only and not self.init:
             raise ValueError("--decoder-only keeps the encoder of an autoencoder: name it by --init")
+        if self.latent_noise < 0 or (self.latent_noise and not self.decoder_only):
+            raise ValueError(
+                f"--latent-noise {self.latent_noise}: expected at least 0, and --decoder-only, for an encoder that "
+                "learns would make its latents larger"
+            )
         if self.size is not None and self.crop > self.size:
             raise ValueError(f"--crop {self.crop} is larger than --size {self.size}")
         shown = (self.loss.pixel, self.loss.squared, self.loss.gradient)
@@ -177,14 +186,14 @@ PRESETS = {
 
 def crops(
     pixels: Tensor, config: Config, update: int, rank: int, processes: int, noise_shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """This process's share of an update's crops, and the posterior noise for them.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's share of an update's crops, the posterior noise for them, and what is added to their latents.
 
-    Returns ([batch, 3, crop, crop] in [-1, 1], [batch, *noise_shape]).
+    Returns ([batch, 3, crop, crop] in [-1, 1], twice [batch, *noise_shape]).
     """
     first = rank * config.batch_size  # position in the global batch
     start = update * config.batch_size * processes + first
-    cut, noise = [], []
+    cut, noise, added = [], [], []
     for row, index in enumerate(batch_indices(len(pixels), config.seed, start, config.batch_size).tolist()):
         draw = generator(config.seed, update, first + row)
         y, x = torch.randint(0, pixels.shape[1] - config.crop + 1, (2,), generator=draw).tolist()
@@ -193,7 +202,9 @@ def crops(
             square = square.flip(1)
         cut.append(square)
         noise.append(torch.randn(noise_shape, generator=draw))
-    return to_unit(torch.stack(cut)), torch.stack(noise)
+        level = config.latent_noise * torch.randn((), generator=draw).abs()
+        added.append(level * torch.randn(noise_shape, generator=draw))
+    return to_unit(torch.stack(cut)), torch.stack(noise), torch.stack(added)
 
 
 @torch.no_grad()
@@ -213,14 +224,13 @@ def new_autoencoder(model: AutoencoderConfig) -> Autoencoder:
 @torch.no_grad()
 def reconstruct(vae: nn.Module, pixels: Tensor, device: torch.device) -> tuple[Tensor, float]:
     """(reconstructions of whole pictures from their posterior means, mean PSNR in dB over pictures)."""
-    outputs, psnr = [], 0.0
+    outputs, decibels = [], 0.0
     for batch in pixels.split(16):
         images = to_unit(batch).to(device)
         output = vae.decode(vae.encode(images).mode).clamp(-1, 1)  # type: ignore[operator]
-        error = ((output - images) / 2).square().flatten(1).mean(1)
-        psnr += float((-10 * error.clamp(min=1e-10).log10()).sum())
+        decibels += float(psnr(output, images).sum())
         outputs.append(output.cpu())
-    return torch.cat(outputs), psnr / len(pixels)
+    return torch.cat(outputs), decibels / len(pixels)
 
 
 @torch.no_grad()
@@ -248,13 +258,13 @@ def save(vae: Autoencoder, config: Config, update: int, pixels: Tensor, shown: T
     some = permutation(len(pixels), config.seed, -1)[:1024]
     samples = paint_samples(vae.eval(), pixels.shape[1], device) if config.loss.elbo else []
     finished = vae if config.decoder_only else normalise_latents(vae, pixels[some], device)
-    output, psnr = reconstruct(finished, shown, device)
+    output, decibels = reconstruct(finished, shown, device)
     rows = [tile for pair in zip(shown[:32].numpy(), map(to_pil, output[:32]), strict=True) for tile in pair]
     rows += samples
     (config.output / "samples").mkdir(parents=True, exist_ok=True)
     grid(rows, columns=8).save(config.output / "samples" / f"{update:07d}.png")
     save_checkpoint(config.output, update, lambda folder: save_network(finished, folder), state, config)
-    return psnr
+    return decibels
 
 
 def main(config: Config) -> Path:
@@ -293,13 +303,15 @@ def main(config: Config) -> Path:
     accelerator.print(f"autoencoder: {parameters / 1e6:.2f} M weights learn, {config.updates} updates")
     ema = EMA(vae, config.ema_decay)
     optimizer = Muon(vae, lr=config.learning_rate, dtype=matrix_type(accelerator))
-    judge = PatchDiscriminator(width=config.discriminator_width).to(accelerator.device)
-    judge_optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, betas=(0.5, 0.9), fused=True)
+    discriminator = PatchDiscriminator(width=config.discriminator_width).to(accelerator.device)
+    discriminator_optimizer = torch.optim.AdamW(
+        discriminator.parameters(), lr=config.learning_rate, betas=(0.5, 0.9), fused=True
+    )
     perceptual = load_perceptual().to(accelerator.device) if config.loss.perceptual else None
 
     update = 0
     global_batch = config.batch_size * accelerator.num_processes
-    free = ("workers", "cache", "checkpoint_every", "updates", "batch_size")
+    free = ("workers", "cache", "font", "checkpoint_every", "updates", "batch_size")
     found = resume(config.output, config, may_change=free, global_batch=global_batch)
     source = open_source(config.data, config.size, split="all", font=config.font, views=config.views, captions=False)
     accelerator.print(describe(source, config.size))
@@ -309,17 +321,17 @@ def main(config: Config) -> Path:
     shown = pixels[torch.linspace(0, len(pixels) - 1, min(64, len(pixels))).long()]
     if found:
         folder, state = found
-        pictures.refuse_others(state)
+        refuse_other_data(state, pictures.contents)
         update = state["update"]
         vae.load_state_dict(state["model"])
         ema.load(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        judge.load_state_dict(state["judge"])
-        judge_optimizer.load_state_dict(state["judge_optimizer"])
-        if accelerator.scaler and state.get("scaler"):
-            accelerator.scaler.load_state_dict(state["scaler"])
+        discriminator.load_state_dict(state["judge"])
+        discriminator_optimizer.load_state_dict(state["judge_optimizer"])
+        load_scaler(accelerator, state)
         accelerator.print(f"going on from {folder}")
-    network, optimizer, judge, judge_optimizer = accelerator.prepare(vae, optimizer, judge, judge_optimizer)
+    network, optimizer = accelerator.prepare(vae, optimizer)
+    discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
     accelerator.init_trackers("vae")
 
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
@@ -328,48 +340,41 @@ def main(config: Config) -> Path:
     progress = Progress(accelerator, update, config.updates, config.checkpoint_every)
     began, seen = time.perf_counter(), 0
     for update in progress:
-        for group in (*optimizer.param_groups, *judge_optimizer.param_groups):
+        for group in (*optimizer.param_groups, *discriminator_optimizer.param_groups):
             group["lr"] = learning_rate(update, peak=config.learning_rate, warmup=warmup, updates=config.updates)
         rank, processes = accelerator.process_index, accelerator.num_processes
-        images, noise = crops(pixels, config, update, rank, processes, latent_shape)
-        images = images.to(accelerator.device, memory_format=layout)
-        noise = noise.to(accelerator.device)
+        images, noise, added = crops(pixels, config, update, rank, processes, latent_shape)
+        images = sent(images, accelerator.device).to(memory_format=layout)
+        noise = sent(noise, accelerator.device)
+        more = sent(added, accelerator.device) if config.latent_noise else None
 
         with accelerator.autocast():
             turns = int(torch.randint(4, (), generator=generator(config.seed, update))) if config.turned else 0
-            output, posterior, halved = network(images, noise, config.loss.halved > 0, turns)
+            output, posterior, halved = network(images, noise, config.loss.halved > 0, turns, more)
         loss, terms = autoencoder_loss(output, images, posterior, config.loss, perceptual, halved, mean)
         if weight := adversarial_weight(config.loss, update):
-            judge.requires_grad_(False)
-            fooled = generator_loss(judge(output.float()))
+            discriminator.requires_grad_(False)
+            fooled = generator_loss(discriminator(output.float()))
             scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
             loss = loss + weight * adaptive_weight(loss, fooled, vae.last_layer, mean=mean, scale=scale) * fooled
-            judge.requires_grad_(True)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at update {update} ({ {k: v.mean().item() for k, v in terms.items()} }): "
-                f"lower --learning-rate or set --mixed-precision no; the checkpoints in {config.output} are untouched"
-            )
+            discriminator.requires_grad_(True)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
-        if not torch.isfinite(norm) and not accelerator.scaler:  # which leaves such a step out
-            raise ValueError(
-                f"the gradient is {norm.item()} at update {update}: lower --learning-rate or set --mixed-precision no; "
-                f"the checkpoints in {config.output} are untouched"
-            )
+        each = {name: term.detach().mean() for name, term in terms.items()}
+        refuse_bad_step(accelerator, loss, norm, update, config.output, each)
         optimizer.step()
         optimizer.zero_grad()
         if weight:
-            judged = discriminator_loss(judge(images), judge(output.detach().float()))
-            accelerator.backward(judged)
-            judge_optimizer.step()
-            judge_optimizer.zero_grad()
+            discriminatord = discriminator_loss(discriminator(images), discriminator(output.detach().float()))
+            accelerator.backward(discriminatord)
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
         ema.step(update)
 
         due, done = progress.advance(), progress.done
         seen += global_batch
         if done % 50 == 0 or done == config.updates:
-            means = {k: v.mean().item() for k, v in terms.items()}
+            means = {name: mean_.item() for name, mean_ in each.items()}
             rate = seen / (time.perf_counter() - began)
             accelerator.log(
                 {**means, "gradient_norm": float(norm), "ema_distance": ema.distance(), "crops_per_second": rate},
@@ -382,17 +387,17 @@ def main(config: Config) -> Path:
                     "model": vae.state_dict(),
                     "ema": ema.weights,
                     "optimizer": optimizer.state_dict(),
-                    "judge": accelerator.unwrap_model(judge).state_dict(),
-                    "judge_optimizer": judge_optimizer.state_dict(),
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,  # of fp16
+                    "judge": accelerator.unwrap_model(discriminator).state_dict(),
+                    "judge_optimizer": discriminator_optimizer.state_dict(),
+                    "scaler": scaler_state(accelerator),
                     "global_batch": global_batch,
                     "data": pictures.contents,
                 }
                 with ema.applied():
                     finished = copy.deepcopy(vae)
-                psnr = save(finished, config, done, pixels, shown, state)
-                tqdm.write(f"update {done}: {psnr:.2f} dB on {len(shown)} pictures, saved in {config.output}")
-                accelerator.log({"psnr": psnr}, done)
+                decibels = save(finished, config, done, pixels, shown, state)
+                tqdm.write(f"update {done}: {decibels:.2f} dB on {len(shown)} pictures, saved in {config.output}")
+                accelerator.log({"psnr": decibels}, done)
             accelerator.wait_for_everyone()
     progress.end()
     accelerator.end_training()

@@ -91,7 +91,8 @@ class Zero:
         step = next(iter(self.shared.optimizer.state.values()))["step"]
         state: dict[int, dict[str, Tensor]] = {}
         for number, weight in enumerate(self.weights if float(step) else []):
-            moments = {key: safe_get_full_optimizer_state(weight, key) for key in KEYS}
+            # To the computer's memory one by one: whole, all of them are what a GPU has no room for.
+            moments = {key: safe_get_full_optimizer_state(weight, key).cpu() for key in KEYS}
             state[number] = {"step": step.clone(), **moments}
         options = {key: value for key, value in group.items() if key != "params"}
         return {"state": state, "param_groups": [{**options, "params": list(range(len(self.weights)))}]}

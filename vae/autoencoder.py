@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +212,8 @@ class Autoencoder(Network):
         latent_channels: channels of a latent.
     """
 
+    config_class = AutoencoderConfig
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
@@ -224,11 +226,6 @@ class Autoencoder(Network):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
-
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the network, with new weights, from the contents of a `config.json`."""
-        return cls(AutoencoderConfig.from_dict(values))
 
     def encode(self, images: Tensor) -> Posterior:
         """images: [B, in_channels, H, W] in [-1, 1] -> posterior of the latents [B, C, H / downscale, W / downscale].
@@ -257,9 +254,16 @@ class Autoencoder(Network):
         return _in_parts(self.decoder, z, z.shape[2] * z.shape[3] * self.downscale**2)
 
     def forward(
-        self, images: Tensor, noise: Tensor | None = None, halved: bool = False, turns: int = 0
+        self,
+        images: Tensor,
+        noise: Tensor | None = None,
+        halved: bool = False,
+        turns: int = 0,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Posterior, Tensor | None]:
         """One training pass.
+
+        added: to the latents, before they are decoded.
 
         Returns:
             The reconstruction of a sample of the posterior, or of its mode without noise; the posterior; with `halved`
@@ -268,6 +272,7 @@ class Autoencoder(Network):
         """
         posterior = self.encode(images)
         latents = posterior.mode if noise is None else posterior.sample(noise)
+        latents = latents if added is None else latents + added
         output = self.decode(latents)
         if not halved:
             return output, posterior, None
