@@ -101,7 +101,8 @@ def prepare(options: Options) -> dict[str, str]:
     from PIL import Image
     from tqdm import tqdm
 
-    from train.data import fit, permutation, written_aside
+    from train.aside import written_aside
+    from train.data import fit, permutation
     from train.hashes import FileHashes
     from train.pictures import digest
     from train.sources import open_source
@@ -182,7 +183,7 @@ def check(options: Options, places: int) -> None:
 
 def sides_of(options: Options, train: str, where: Sequence[int | None]) -> list[Side]:
     """Each with its updates, a multiple of 8; a rate that was measured stays what it was."""
-    from train.data import written_aside
+    from train.aside import written_aside
     from train.pictures import digest
     from train.presets import PRESETS
     from train.sources import first_captions, open_source

@@ -41,7 +41,7 @@ from benchmarks.machine import described, needs
 from pipelines import TextToImagePipeline
 from pipelines.files import newest
 from pipelines.find import find_model
-from train.data import written_aside
+from train.aside import written_aside
 from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge, reconstruction_psnr
 from train.extractors import open_extractor
 from train.judge import logits_of

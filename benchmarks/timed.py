@@ -93,7 +93,7 @@ def learn(config: Any, file: Path) -> dict[str, Any]:
     `file`: {"seconds": {"100": 12.5}, "gflop": 150.0}."""
     import train.ldm
     from pipelines.files import checkpoints
-    from train.data import written_aside
+    from train.aside import written_aside
 
     found = json.loads(file.read_text()) if file.is_file() else {"seconds": {}, "gflop": 0.0}
     there = [int(folder.name.partition("-")[2]) for folder in checkpoints(config.output)]

@@ -37,7 +37,7 @@ from train.batch import draw_batch
 from train.meter import memory
 from train.settings import Config
 job = json.loads(sys.argv[1])
-times, peak = [], []
+times, caching, cost = [], [], []
 def timed(*args, **kwargs):  # one call an update
     times.append(time.perf_counter())
     return draw_batch(*args, **kwargs)
@@ -45,14 +45,14 @@ train.ldm.draw_batch = timed
 measured = train.ldm.Meter.measure
 def measure(meter, *args):
     measured(meter, *args)
-    peak.append((meter.flops, meter.peak))
+    cost.append((meter.flops, meter.peak))
 train.ldm.Meter.measure = measure
 began = time.perf_counter()
 open_feed = train.ldm.open_feed
 def opened(*args, **kwargs):
     start = time.perf_counter()
     feed = open_feed(*args, **kwargs)
-    peak.append(time.perf_counter() - start)
+    caching.append(time.perf_counter() - start)
     return feed
 train.ldm.open_feed = opened
 train.ldm.main(Config(
@@ -63,11 +63,11 @@ train.ldm.main(Config(
 later = times[len(times) // 2 :]
 processes = int(os.environ.get("WORLD_SIZE", 1))
 rates = [job["batch"] * processes / (b - a) for a, b in zip(later, later[1:])]
-flops, rate = peak[1]
+((flops, rate),) = cost
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if os.environ.get("RANK", "0") == "0":
     share = statistics.median(rates) * flops / rate / processes
-    print(json.dumps({"rate": statistics.median(rates), "memory": memory(device), "caching": peak[0],
+    print(json.dumps({"rate": statistics.median(rates), "memory": memory(device), "caching": caching[0],
                       "share_of_peak": share, "matrix_rate": rate}))
 """
 

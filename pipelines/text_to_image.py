@@ -157,23 +157,8 @@ class TextToImagePipeline(OpenedModel):
             raise ValueError(f"classifier_scale={classifier_scale} belongs to a classifier, and none was given")
         grid = grid_of(model.scheduler, model.schedule, name, spacing, model.steps_offset)
         sigmas = step_grid(model.schedule, steps, grid)
-        scale = max(1.0, defaults.guidance_scale if guidance_scale is None else guidance_scale)
-        if isinstance(model.conditioner, Unconditional):
-            scale = 1.0  # there is nothing to guide away from
-        if scale == 1 and (guidance_rescale or (negative_prompt and any(prompt_list(negative_prompt)))):
-            raise ValueError(
-                "negative_prompt and guidance_rescale belong to guidance, and this call has none: give guidance_scale "
-                "above 1, to a model that is told something"
-            )
-        interval = defaults.guidance_interval if guidance_interval is None else guidance_interval
-        if interval is not None and interval[0] <= 0 and interval[1] == math.inf:
-            interval = None
-        if scale > 1 and defaults.caption_dropout == 0:
-            warnings.warn(
-                f"this model was trained without caption dropout, so guidance_scale={scale} has nothing true to guide "
-                "away from: take guidance_scale=1, or train with --caption-dropout 0.1",
-                stacklevel=2,
-            )
+        asked = bool(guidance_rescale or (negative_prompt and any(prompt_list(negative_prompt, "negative_prompt"))))
+        scale, interval = self._guidance(guidance_scale, guidance_interval, asked)
 
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         negatives = negative_list(negative_prompt, len(prompts), num_images_per_prompt)
@@ -244,3 +229,28 @@ class TextToImagePipeline(OpenedModel):
                 settings |= named | {"classifier_scale": classifier_scale}
             images = painted(decoded, prompts, negatives, seeds, settings)
         return Output(images, seeds) if return_dict else (images, None)
+
+    def _guidance(
+        self, scale: float | None, interval: tuple[float, float] | None, asked: bool
+    ) -> tuple[float, tuple[float, float] | None]:
+        """(scale, interval) of a call, by default the model's; None guides everywhere.
+
+        Raises ValueError for a call without guidance that `asked` for a part of it.
+        """
+        model, defaults = self.model, self.model.defaults
+        scale = max(1.0, defaults.guidance_scale if scale is None else scale)
+        if isinstance(model.conditioner, Unconditional):
+            scale = 1.0  # there is nothing to guide away from
+        if scale == 1 and asked:
+            raise ValueError(
+                "negative_prompt and guidance_rescale belong to guidance, and this call has none: give guidance_scale "
+                "above 1, to a model that is told something"
+            )
+        if scale > 1 and defaults.caption_dropout == 0:
+            warnings.warn(
+                f"this model was trained without caption dropout, so guidance_scale={scale} has nothing true to guide "
+                "away from: take guidance_scale=1, or train with --caption-dropout 0.1",
+                stacklevel=4,  # the caller, behind torch.no_grad
+            )
+        interval = defaults.guidance_interval if interval is None else interval
+        return scale, None if interval and interval[0] <= 0 and interval[1] == math.inf else interval

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-import train.data
+import train.aside
 from tests.test_launch import ROOT
-from train.data import read_pictures, remove_dead, written_aside
+from train.aside import remove_dead, written_aside
+from train.data import read_pictures
 from train.ldm import main
 from train.sources import open_source
 
@@ -22,7 +23,7 @@ KILLED = """
 import os, signal, sys
 from contextlib import ExitStack
 from pathlib import Path
-from train.data import written_aside
+from train.aside import written_aside
 
 with ExitStack() as stack:
     for file in map(Path, sys.argv[1:]):
@@ -71,8 +72,8 @@ def test_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> No
 
 
 def test_where_machines_cannot_be_told_apart_only_a_day_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.data, "_kernel", lambda: "")
-    gone = tmp_path / f"0.png.{train.data._host()}.{2**22 + 1}.0.partial"  # more than Linux counts to
+    monkeypatch.setattr(train.aside, "_kernel", lambda: "")
+    gone = tmp_path / f"0.png.{train.aside._host()}.{2**22 + 1}.0.partial"  # more than Linux counts to
     gone.write_text("half")
     remove_dead(tmp_path)
     assert gone.exists()

@@ -13,8 +13,9 @@ from PIL import Image
 
 from pipelines.image import rgb
 from tests.sets import fill, metadata, truncate
+from train.aside import written_aside
 from train.buckets import measure
-from train.data import batch_indices, fit, generator, permutation, read, read_pictures, to_unit, written_aside
+from train.data import batch_indices, fit, generator, permutation, read, read_pictures, to_unit
 from train.sources import describe, open_source
 
 # Pictures

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from train.data import written_aside
+from train.aside import written_aside
 from train.hashes import FileHashes
 from train.pictures import UNREADABLE, Source, digest, refuse_failing_disk
 from train.sources import parts_of

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from train.data import Side, read, refuse_unusable, sent, to_unit, written_aside
+from train.aside import written_aside
+from train.data import Side, read, refuse_unusable, sent, to_unit
 from train.hashes import FileHashes
 from train.pictures import Source, digest, refuse_numbers
 from train.sources import parts_of

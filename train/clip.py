@@ -26,7 +26,7 @@ from torch import Tensor
 
 from conditioning.tokenizer import ClipTokenizer
 from train.build import decaying
-from train.clip_model import WEIGHTS, Judge, save_clip, tokenise
+from train.clip_model import WEIGHTS, ClipModel, save_clip, tokenise
 from train.config import flags_in, parse
 from train.data import Pictures, generator, read_pictures, refuse_other_data, sent, to_unit
 from train.launch import MixedPrecision, start
@@ -155,10 +155,10 @@ def jittered(images: Tensor, amount: float, draws: torch.Generator, rank: int = 
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def retrieval(judge: Judge, pictures: Pictures, pairs: list[tuple[int, str]]) -> float:
+def retrieval(clip: ClipModel, pictures: Pictures, pairs: list[tuple[int, str]]) -> float:
     """The share of the pictures whose own caption is the closest of all in `pairs`."""
-    images = judge.encode_image(to_unit(pictures.pixels[[i for i, _ in pairs]]))
-    texts = judge.encode_text([caption for _, caption in pairs])
+    images = clip.encode_image(to_unit(pictures.pixels[[i for i, _ in pairs]]))
+    texts = clip.encode_text([caption for _, caption in pairs])
     return float(((images @ texts.T).argmax(1).cpu() == torch.arange(len(pairs))).float().mean())
 
 
@@ -251,7 +251,7 @@ def main(config: Config) -> Path:
             numbers = {"loss": float(accelerator.reduce(loss.detach(), "mean"))}
             numbers |= {"in_batch": float(right.float().mean()), "scale": scale.item()}
             if accelerator.is_main_process:
-                numbers["retrieval"] = retrieval(Judge(network, tokenizer), unseen, exam)
+                numbers["retrieval"] = retrieval(ClipModel(network, tokenizer), unseen, exam)
             accelerator.log(numbers | {"gradient_norm": float(norm), "learning_rate": rate}, done)
             progress.bar.set_postfix_str(" ".join(f"{name} {number:.3f}" for name, number in numbers.items()))
         if due:
@@ -265,7 +265,7 @@ def main(config: Config) -> Path:
     progress.end()
     if accelerator.is_main_process:
         save_clip(config.output, network, arguments, tokenizer)
-        share = retrieval(Judge(network, tokenizer), unseen, exam)
+        share = retrieval(ClipModel(network, tokenizer), unseen, exam)
         print(f"done: {share:.1%} of {len(exam)} pictures are closest to their own caption; saved in {config.output}")
     accelerator.end_training()
     return config.output

@@ -33,7 +33,7 @@ from conditioning.open_clip import open_model
 from ldm.classifier import NoisyClassifier
 from pipelines.classifier import load_classifier
 from pipelines.device import exact_float32
-from pipelines.files import newest, read_json
+from pipelines.files import newest, read_json, read_tensors
 from pipelines.find import BUNDLED
 from train.cache import weights_digest
 from train.data import to_unit
@@ -42,6 +42,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 WITH_CLASS_TOKEN = (  # of transformers, as its first; others begin with a patch, or have no tokens
     "vit", "vit_msn", "deit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"
 )  # fmt: skip
+LEVEL = 0.05  # of the noise that a classifier of noisy pictures is shown: the median of its preset `clean`
 ACCURACY = "accuracy.json"  # in a recogniser's checkpoint: the share of unseen pictures that is right, by task
 INCEPTION, INCEPTION_SIDE = "inception", 299
 HERE = (
@@ -172,8 +173,6 @@ def _fetched(url: str) -> dict[str, Tensor]:
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
-    from pipelines.files import read_tensors
-
     if file.suffix == ".safetensors":
         return read_tensors(file)[0]
     try:
@@ -234,7 +233,7 @@ def _last_but_one(network: NoisyClassifier, images: Tensor) -> Tensor:
     kept: list[Tensor] = []
     hook = network.linear_out.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
     try:
-        network(images, 0.05)
+        network(images, LEVEL)
     finally:
         hook.remove()
     return kept[0]
@@ -298,7 +297,7 @@ def normal_of(architecture: str, tags: Sequence[str]) -> dict[str, Any]:
     Raises ValueError where they differ."""
     import open_clip
 
-    every = [open_clip.get_pretrained_cfg(architecture.replace("/", "-"), tag) for tag in tags]
+    every = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
     known = {(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in every if cfg.get("mean") and cfg.get("std")}
     if len(known) > 1:
         raise ValueError(

@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from train.aside import remove_dead
 from train.buckets import assign, picture_sizes
 from train.cache import Cached, Latents, open_cache
-from train.data import load, permutation, remove_dead, sent, to_unit
+from train.data import load, permutation, sent, to_unit
 from train.hashes import FileHashes
 from train.order import Order
 from train.pictures import digest

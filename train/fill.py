@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.folder import load_conditioner
+from pipelines.conditioners import load_conditioner
 from train.build import open_autoencoder, own_size, text_folder
 from train.feed import open_feed
 from train.launch import start

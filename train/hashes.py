@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from train.aside import written_aside
 from train.pictures import file_hash
 
 REMEMBERED = "hashes.json"  # in the cache's folder: path -> (size, time of change in ns, hash)
@@ -35,8 +36,6 @@ class FileHashes:
                     changed = True
             found.append(known[2])
         if self.file and changed:
-            from train.data import written_aside
-
             with contextlib.suppress(OSError):  # then the next start reads the files again
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with written_aside(self.file) as partial:

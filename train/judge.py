@@ -21,7 +21,7 @@ from pipelines.classifier import load_classifier
 from pipelines.files import newest, read_json
 from train.captions import Template
 from train.data import generator, to_unit
-from train.extractors import open_extractor, resized
+from train.extractors import LEVEL, open_extractor, resized
 from train.grid import grid
 from train.launch import start
 from train.pictograms import GROUNDS, STYLES, captions, things
@@ -31,7 +31,6 @@ from train.results import counted, in_percent, write_result
 from train.samples import NOTES, Painting, is_told, open_painter, paint_samples
 from vae.autoencoder import Identity
 
-LEVEL = 0.05  # of the noise that a classifier of noisy pictures is shown: the median of its preset `clean`
 SHOWN = 8  # samples of a class on the sheet
 
 

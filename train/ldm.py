@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from conditioning.context import Unconditional
 from conditioning.labels import Labels
+from train.aside import remove_dead
 from train.batch import Batch, draw_batch
 from train.build import build, optimizer_for, share_statistics
 from train.config import parse
-from train.data import generator, remove_dead
+from train.data import generator
 from train.feed import CachedFeed, Feed, open_feed
 from train.launch import Interruption, memory_format, precision, prepare, sharding, start
 from train.learner import Learner

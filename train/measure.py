@@ -4,7 +4,7 @@ Every number is said with what it hangs on: the extractor and its hash, the coun
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,8 +16,8 @@ from accelerate import Accelerator
 
 from ldm.schedule import VariancePreserving
 from pipelines import TextToImagePipeline
+from train.aside import written_aside
 from train.bits import Method, measure_bits
-from train.data import written_aside
 from train.extractors import Extractor, open_extractor
 from train.folders import FolderSource
 from train.hashes import FileHashes
@@ -167,10 +167,10 @@ def _open_real(how: Measuring, flag: str, size: int, *, needed: bool, split: str
         raise ValueError(str(error).replace("--data", f"--{flag}")) from None
 
 
-def _of_features(
-    how: Measuring, pipe: TextToImagePipeline | None, accelerator: Accelerator, result: dict[str, Any]
-) -> None:
-    say = accelerator.print
+def _open_extractors(how: Measuring, accelerator: Accelerator) -> tuple[Extractor, Extractor]:
+    """That of the distances, and the CLIP of the score (the same, where it is one, or no score was asked for).
+
+    Raises ValueError for one that has no part in what was asked for."""
     with accelerator.main_process_first():  # which fetches what the others then find
         extractor = open_extractor(how.extractor, accelerator.device)
     if "accuracy" in how.wanted and not isinstance(extractor.network, Recogniser):
@@ -186,7 +186,25 @@ def _of_features(
                 f"the CLIP score needs a CLIP, and {clip.name} is none: give --clip RUN (of train/clip.py), a folder "
                 "or hub id of transformers, or ARCHITECTURE:WEIGHTS of open_clip"
             )
+    return extractor, clip
 
+
+def _warn_of_few(samples: Reference, reference: Reference, say: Callable[[str], None]) -> None:
+    dim = samples.moments().mean.numel()
+    for count, what in ((len(samples), "samples"), (len(reference), "pictures of --reference")):
+        if count <= dim:
+            say(
+                f"warning: {count} {what}, and {dim} features: a covariance of fewer pictures than features is "
+                "singular, and the Fréchet distance far off; compare it only at equal counts"
+            )
+
+
+def _of_features(
+    how: Measuring, pipe: TextToImagePipeline | None, accelerator: Accelerator, result: dict[str, Any]
+) -> None:
+    """Everything that is measured on features, from the pictures to what is written."""
+    say = accelerator.print
+    extractor, clip = _open_extractors(how, accelerator)
     needing = [name for name in how.wanted if name in ("clip", "accuracy")]
     if needing and pipe is not None and not is_told(pipe):
         raise ValueError(f"{needing[0]} compares pictures with their prompts, and {how.model} is told nothing")
@@ -219,9 +237,8 @@ def _of_features(
         _right(extractor, reference, how.template)  # which says what it can't judge
     training = learnt = None
     if how.training:
-        plain = replace(how, template="")
         views = pipe.model.defaults.views if pipe else notes_of(how.model).get("views", 1)
-        real = _open_real(plain, "training", size, needed=False, views=views)
+        real = _open_real(replace(how, template=""), "training", size, needed=False, views=views)
         training = open_set(real, extractor, how.cache)
         if pipe is not None and isinstance(pipe.model.vae, Autoencoder):
             given_back = copies(training, pipe.model.vae, min(count, 400), how.out, accelerator)
@@ -239,13 +256,7 @@ def _of_features(
     result |= {"samples": len(samples), "samples_hash": samples.hash, "size": size, "reference": said}
     result["extractor"] = extractor.described()
     if "fid" in how.wanted:
-        dim = samples.moments().mean.numel()
-        for count, what in ((len(samples), "samples"), (len(reference), "pictures of --reference")):
-            if count <= dim:
-                say(
-                    f"warning: {count} {what}, and {dim} features: a covariance of fewer pictures than features is "
-                    "singular, and the Fréchet distance far off; compare it only at equal counts"
-                )
+        _warn_of_few(samples, reference, say)
     for found in _numbers(how, samples, reference, extractor, clip, embedded):
         result["metrics"].append(found)
         say(_line(found, size, reference, clip if found["metric"] == "clip" else extractor))

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.data import fit, permutation, read, refuse_unusable, written_aside
+from train.aside import written_aside
+from train.data import fit, permutation, read, refuse_unusable
 from train.extractors import Extractor
 from train.hashes import FileHashes
 from train.metrics import Moments

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.data import written_aside
+from train.aside import written_aside
 
 Result = dict[str, Any]
 

@@ -1,8 +1,8 @@
 """Pictures to be measured: painted by a model for the captions of a reference, or read from a folder.
 
 Picture i has the prompt of row i of a fixed order of the reference's captions, and the noise of seed · NOISES + i, so
-that no two seeds share one. It is written aside and renamed, so that a run which was killed goes on with the pictures
-that lack, by any number of processes.
+that no two seeds share one. It is written aside and renamed, so that a run which was killed goes on with the missing
+pictures, by any number of processes.
 """
 
 import json
@@ -20,8 +20,9 @@ from conditioning.labels import Labels
 from pipelines import TextToImagePipeline
 from pipelines.files import checkpoints, newest
 from pipelines.scheduler import sampler_of
+from train.aside import written_aside
 from train.cache import weights_digest
-from train.data import batch_indices, permutation, written_aside
+from train.data import batch_indices, permutation
 from train.folders import FolderSource, open_pictures
 from train.pictures import PICTURES, digest
 

@@ -47,7 +47,7 @@ class Columns:
 
 
 def find_columns(features: Any, where: str, template: Template | None = None, *, bare: bool = False) -> Columns:
-    """features: `datasets.Features`. ValueError, which names the columns, where one of pictures or of texts lacks.
+    """features: `datasets.Features`. ValueError, which names the columns, where that of pictures or texts is missing.
 
     bare: texts are not read."""
     import datasets

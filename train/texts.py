@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conditioning.context import Conditioner, Context
+from train.aside import written_aside
 from train.cache import FORMAT, SHARD, weights_digest
-from train.data import sent, written_aside
+from train.data import sent
 from train.pictures import digest
 
 TABLE_BYTES = 10**9  # up to which the states of all captions are kept in memory

@@ -16,8 +16,9 @@ from ldm.loss import denoising_loss
 from pipelines.files import checkpoints
 from pipelines.folder import Model
 from pipelines.text_to_image import TextToImagePipeline
+from train.aside import written_aside
 from train.cache import Latents
-from train.data import generator, permutation, written_aside
+from train.data import generator, permutation
 from train.grid import grid
 from train.inpainting import nothing_known
 from train.settings import Config
