@@ -114,6 +114,17 @@ def test_clip_skip_is_of_one_call(pipe: TextToImagePipeline, xl_folder: Path) ->
         conditioner.clip_skip = before
 
 
+def test_a_compiled_network_paints_the_same(model_folder: Path) -> None:
+    """By TorchDynamo with its eager backend, in one graph: what a compiler would be given."""
+    pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"seed": 1, "steps": 3, "output_type": "pt"}
+    plain = pipe(PROMPTS[0], **call).images
+    torch._dynamo.reset()
+    pipe.model.unet.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(pipe(PROMPTS[0], **call).images, plain, atol=1e-5, rtol=1e-5)
+
+
 def test_pictures_are_the_nearest_of_256_levels(pipe: TextToImagePipeline) -> None:
     numbers, image = (pipe(PROMPTS[0], seed=1, steps=2, output_type=kind).images[0] for kind in ("np", "pil"))
     np.testing.assert_array_equal(np.asarray(image), (numbers * 255).round())
