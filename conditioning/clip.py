@@ -223,11 +223,8 @@ class ClipTextEncoder(TextEncoder):
         return self.tower(ids, self.clip_skip)
 
     def unused(self) -> list[nn.Parameter]:
-        """Weights behind the layer that is looked at: nothing can be learned there."""
-        layers = list(self.tower.encoder["layers"].children())
-        behind = layers[len(layers) - self.clip_skip :]
-        behind += [self.tower.text_projection] if self.tower.text_projection else []
-        return [weight for part in behind for weight in part.parameters()]
+        """Weights behind the layer that is looked at, where a tower has a projection: nothing can be learned there."""
+        return list(self.tower.text_projection.parameters()) if self.tower.text_projection else []
 
     def add_tokens(self, tokens: Mapping[str, Tensor]) -> list[int]:
         """Learns words, each as one vector or several, [n, D] (textual inversion, arXiv:2208.01618); their ids.

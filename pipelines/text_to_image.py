@@ -200,8 +200,8 @@ class TextToImagePipeline(OpenedModel):
                     callback(i, sigma, x, x0)
 
             reuse = model.unet.reuse_contexts() if isinstance(model.unet, UNet) else nullcontext()
-            with reuse, model.denoiser.learned_variance() as put_out:
-                learned = put_out if model.learned_variance else None
+            variance_ = model.denoiser.learned_variance() if model.learned_variance else nullcontext()
+            with reuse, variance_ as learned:
                 options = sampler_options(model.scheduler, name, eta, learned) | fixed
                 x = chosen.function(denoise, start.x, sigmas, noise=noise, callback=stepped, **options)
         x = start.finish(x)

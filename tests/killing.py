@@ -73,12 +73,11 @@ def _shard() -> None:
     from torch.distributed.fsdp import fully_shard
 
     import train.launch
-    from ldm.blocks import ResnetBlock
 
     def prepare(accelerator: Accelerator, learner: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         mesh = init_device_mesh("cpu", (accelerator.num_processes,))
         for block in learner.modules():
-            if isinstance(block, ResnetBlock):
+            if type(block).__name__ in accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap:
                 fully_shard(block, mesh=mesh)
         fully_shard(learner.denoiser.network, mesh=mesh)
         fully_shard(learner, mesh=mesh)
@@ -88,7 +87,7 @@ def _shard() -> None:
 
     Accelerator.prepare = prepare
     train.launch.sharding = lambda accelerator: "FSDP"
-    AcceleratorState.fsdp_plugin = SimpleNamespace()
+    AcceleratorState.fsdp_plugin = SimpleNamespace(transformer_cls_names_to_wrap=["ResnetBlock", "TransformerBlock"])
 
 
 def _share_out(stage: int) -> None:

@@ -136,6 +136,23 @@ def test_what_cannot_work_fails_before_the_first_update(
     assert not (tmp_path / ".rehearsal").exists()
 
 
+def test_what_is_rehearsed_is_a_whole_checkpoint(
+    pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as those to come: its room on the disk, and a GPU's memory beside it, are asked for at once."""
+    moments: list[int] = []
+    check = train.ldm.check_room
+
+    def noted(output: Path, checkpoint: Path, keep: int) -> None:
+        saved = torch.load(checkpoint / "training" / "state.pt", weights_only=True)
+        moments.append(len(saved["optimizer"]["state"]))
+        check(output, checkpoint, keep)
+
+    monkeypatch.setattr(train.ldm, "check_room", noted)
+    run = main(replace(pixels, output=tmp_path))
+    assert moments == [len(state(run)["optimizer"]["state"])]
+
+
 def test_rehearsing_changes_nothing(pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = main(replace(pixels, output=tmp_path / "one"))
     assert not (one / ".rehearsal").exists()

@@ -12,6 +12,7 @@ clip/, for `train.clip_model.load_clip` and `open_clip.create_model("local-dir:.
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +239,8 @@ def main(config: Config) -> Path:
         loss = contrast(seen.float(), said.float(), scale)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        some = f"captions {[caption for _, caption in pairs[:3]]} …"
-        refuse_bad_step(accelerator, loss, norm, update, config.output, some)
+        said_of = partial("captions {} …".format, [caption for _, caption in pairs[:3]])
+        refuse_bad_step(accelerator, loss, norm, update, config.output, said_of)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():

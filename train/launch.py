@@ -158,6 +158,10 @@ def prepare(
     """
     if sharding(accelerator) == "DEEPSPEED":
         return zero.prepare(accelerator, learner, optimizer, batch_size=batch_size, clip=clip)
+    if sharding(accelerator) == "FSDP":  # which wants all that its configuration names to be there
+        plugin, there = accelerator.state.fsdp_plugin, {type(module).__name__ for module in learner.modules()}
+        named = plugin.transformer_cls_names_to_wrap or ()
+        plugin.transformer_cls_names_to_wrap = [name for name in named if name in there]
     return accelerator.prepare(learner, optimizer)
 
 

@@ -54,6 +54,7 @@ LOG_EVERY = 25  # updates
 MAY_CHANGE = (
     "workers",
     "cache",
+    "font",
     "checkpoint_every",
     "keep",
     "tracker",
@@ -189,9 +190,9 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
             ahead[update + 1] = drawn(update + 1, rank * config.batch_size)
         norm, each = float(norm), torch.stack(found).tolist()  # here a GPU is waited for
         for number, captions in zip(each, seen, strict=True):
-            refuse_not_finite("loss", number, update, config.output, f"captions {captions} …")
+            refuse_not_finite("loss", number, update, config.output, partial("captions {} …".format, captions))
         if not accelerator.scaler:  # which leaves such a step out
-            refuse_not_finite("gradient", norm, update, config.output, f"captions {seen[-1]} …")
+            refuse_not_finite("gradient", norm, update, config.output, partial("captions {} …".format, seen[-1]))
         optimizer.step()
         optimizer.zero_grad()
         total = sum(each) / len(each)
@@ -234,7 +235,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
             learn()
         with evaluating(model, device):
             model.conditioner(prompts)
-        if saved := save(place):  # with the optimizer's moments, as every checkpoint
+        if saved := save(place):  # with the optimizer's moments (unless fp16 left that step out)
             check_room(config.output, saved, config.keep)
         look(min(len(validation.captions), config.batch_size), prompts, place / "samples.png", steps=2)
         carried.load(before)

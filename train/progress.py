@@ -5,7 +5,7 @@ A loss or gradient that is no number ends it, too, before it spoils the weights.
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -62,21 +62,24 @@ def refuse_bad_step(
     norm: Tensor,
     update: int,
     output: Path,
-    about: object = "",
+    about: Callable[[], object] | None = None,
 ) -> None:
     """`refuse_not_finite` for both numbers of an update, before the optimizer's step; a device is waited for once.
 
     Under fp16 a gradient may well be infinite: its scaler leaves such a step out.
     """
-    values = torch.stack([loss.detach().float(), norm.detach().float()]).tolist()
-    for what, value in zip(("loss",) if accelerator.scaler else ("loss", "gradient"), values, strict=False):
+    numbers = {"loss": loss} if accelerator.scaler else {"loss": loss, "gradient": norm}
+    values = torch.stack([number.detach().float() for number in numbers.values()]).tolist()
+    for what, value in zip(numbers, values, strict=True):
         refuse_not_finite(what, value, update, output, about)
 
 
-def refuse_not_finite(what: str, value: float, update: int, output: Path, about: object = "") -> None:
-    """ValueError for a number that would spoil the weights; `about`, if anything, is said of it."""
+def refuse_not_finite(
+    what: str, value: float, update: int, output: Path, about: Callable[[], object] | None = None
+) -> None:
+    """ValueError for a number that would spoil the weights; `about` tells of it what there is to tell."""
     if not math.isfinite(value):
         raise ValueError(
-            f"the {what} is {value} at update {update}{f' ({about})' if about else ''}: lower --learning-rate or set "
+            f"the {what} is {value} at update {update}{f' ({about()})' if about else ''}: lower --learning-rate or set "
             f"--mixed-precision no; the checkpoints in {output} are untouched"
         )

@@ -66,8 +66,10 @@ class Carried:
 
     def state(self, *, keep: bool = True) -> dict[str, Any]:
         """Copies, in which sharded tensors are whole; all processes have to ask, also those that keep nothing."""
-        weights, optimizer = (whole(of, keep=keep) for of in (dict(self.weights), self.optimizer.state_dict()))
-        state: dict[str, Any] = {"weights": weights, "optimizer": optimizer}
+        zero = self.optimizer if isinstance(self.optimizer, Zero) else None
+        optimizer = zero.state_dict(keep=keep) if zero else self.optimizer.state_dict()
+        weights = whole(dict(self.weights), keep=keep)
+        state: dict[str, Any] = {"weights": weights, "optimizer": whole(optimizer, keep=keep)}
         state["scaler"] = self.scaler.state_dict() if self.scaler else None
         return state | {name: other.state() for name, other in self.others.items()}
 
@@ -226,9 +228,9 @@ def save_checkpoint(
     partial.rename(final)
     _sync(output)
     for old in checkpoints(output)[:-keep]:
-        shutil.rmtree(_taken_away(old))
+        shutil.rmtree(_taken_away(old), ignore_errors=True)  # what others hold open the next save removes
     if before:
-        shutil.rmtree(before)
+        shutil.rmtree(before, ignore_errors=True)
     return final
 
 
@@ -280,8 +282,7 @@ def resume(
             f"{output} holds a run with other settings ({told}). Type the same command to go on with it, "
             "or choose another --output"
         )
-    # Mapped, so that the processes of a machine read it into one memory.
-    state = torch.load(found[-1] / "training" / "state.pt", weights_only=True, map_location="cpu", mmap=True)
+    state = torch.load(found[-1] / "training" / "state.pt", weights_only=True, map_location="cpu")
     if global_batch and state.get("global_batch", global_batch) != global_batch:
         raise ValueError(
             f"{output} holds a run whose updates see {state['global_batch']} pictures (batch size × processes × "

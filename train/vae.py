@@ -5,6 +5,7 @@ of (seed, update, position in the batch), so the same command goes on exactly wh
 """
 
 import copy
+import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -186,7 +187,7 @@ PRESETS = {
 
 def crops(
     pixels: Tensor, config: Config, update: int, rank: int, processes: int, noise_shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """This process's share of an update's crops, the posterior noise for them, and what is added to their latents.
 
     Returns ([batch, 3, crop, crop] in [-1, 1], twice [batch, *noise_shape]).
@@ -202,9 +203,14 @@ def crops(
             square = square.flip(1)
         cut.append(square)
         noise.append(torch.randn(noise_shape, generator=draw))
-        level = config.latent_noise * torch.randn((), generator=draw).abs()
-        added.append(level * torch.randn(noise_shape, generator=draw))
-    return to_unit(torch.stack(cut)), torch.stack(noise), torch.stack(added)
+        if config.latent_noise:
+            level = config.latent_noise * torch.randn((), generator=draw).abs()
+            added.append(level * torch.randn(noise_shape, generator=draw))
+    return to_unit(torch.stack(cut)), torch.stack(noise), torch.stack(added) if added else None
+
+
+def means_of(terms: dict[str, Tensor]) -> dict[str, float]:
+    return {name: term.mean().item() for name, term in terms.items()}
 
 
 @torch.no_grad()
@@ -346,11 +352,11 @@ def main(config: Config) -> Path:
         images, noise, added = crops(pixels, config, update, rank, processes, latent_shape)
         images = sent(images, accelerator.device).to(memory_format=layout)
         noise = sent(noise, accelerator.device)
-        more = sent(added, accelerator.device) if config.latent_noise else None
+        added = None if added is None else sent(added, accelerator.device)
 
         with accelerator.autocast():
             turns = int(torch.randint(4, (), generator=generator(config.seed, update))) if config.turned else 0
-            output, posterior, halved = network(images, noise, config.loss.halved > 0, turns, more)
+            output, posterior, halved = network(images, noise, config.loss.halved > 0, turns, added)
         loss, terms = autoencoder_loss(output, images, posterior, config.loss, perceptual, halved, mean)
         if weight := adversarial_weight(config.loss, update):
             discriminator.requires_grad_(False)
@@ -360,13 +366,14 @@ def main(config: Config) -> Path:
             discriminator.requires_grad_(True)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
-        each = {name: term.detach().mean() for name, term in terms.items()}
-        refuse_bad_step(accelerator, loss, norm, update, config.output, each)
+        refuse_bad_step(accelerator, loss, norm, update, config.output, partial(means_of, terms))
         optimizer.step()
         optimizer.zero_grad()
         if weight:
-            discriminatord = discriminator_loss(discriminator(images), discriminator(output.detach().float()))
-            accelerator.backward(discriminatord)
+            judged = discriminator_loss(discriminator(images), discriminator(output.detach().float()))
+            accelerator.backward(judged)
+            norm = accelerator.clip_grad_norm_(discriminator.parameters(), math.inf)  # is only asked for
+            refuse_bad_step(accelerator, judged, norm, update, config.output, lambda: "of the discriminator")
             discriminator_optimizer.step()
             discriminator_optimizer.zero_grad()
         ema.step(update)
@@ -374,7 +381,7 @@ def main(config: Config) -> Path:
         due, done = progress.advance(), progress.done
         seen += global_batch
         if done % 50 == 0 or done == config.updates:
-            means = {name: mean_.item() for name, mean_ in each.items()}
+            means = means_of(terms)
             rate = seen / (time.perf_counter() - began)
             accelerator.log(
                 {**means, "gradient_norm": float(norm), "ema_distance": ema.distance(), "crops_per_second": rate},

@@ -83,16 +83,19 @@ class Zero:
 
     def zero_grad(self) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.AdamW` has it, with whole tensors; all processes have to ask."""
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """As `torch.optim.AdamW` has it, with whole tensors in the computer's memory; all processes have to ask, also
+        those that keep nothing of them."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         (group,) = self.param_groups
         step = next(iter(self.shared.optimizer.state.values()))["step"]
         state: dict[int, dict[str, Tensor]] = {}
         for number, weight in enumerate(self.weights if float(step) else []):
-            # To the computer's memory one by one: whole, all of them are what a GPU has no room for.
-            moments = {key: safe_get_full_optimizer_state(weight, key).cpu() for key in KEYS}
+            moments = {}
+            for key in KEYS:  # one by one: whole, all of them are what a GPU has no room for
+                moment = safe_get_full_optimizer_state(weight, key)
+                moments[key] = moment.cpu() if keep else moment.new_empty(0)
             state[number] = {"step": step.clone(), **moments}
         options = {key: value for key, value in group.items() if key != "params"}
         return {"state": state, "param_groups": [{**options, "params": list(range(len(self.weights)))}]}
