@@ -1,9 +1,12 @@
-"""What to guide the bundled model by, and how far:  python benchmarks/guides.py --judge runs/pictograms-recogniser
+"""What to guide a model of pictograms by, and how far:
 
-Classifier-free guidance at several scales, everywhere and between two noise levels, and, with --weaker, autoguidance by
-an earlier checkpoint of the same training (`ldm.guidance.autoguided`): what the judge finds right in samples of pairs
-trained on and held out, and their Fréchet distance to fresh drawings in its features (benchmarks/leads.py). Finished
-points are kept in --out.
+    python benchmarks/guides.py --judge runs/pictograms-recogniser                    the bundled one
+    python benchmarks/guides.py --judge … --model runs/leads/base-… --weaker runs/leads/base-…/checkpoint-0000130
+
+Classifier-free guidance at several scales, everywhere and between two noise levels, and, with --weaker, autoguidance
+(`ldm.guidance.autoguided`) by an earlier checkpoint of the same training, which the bundled model comes without: what
+the judge finds right in samples of pairs trained on and held out, and their Fréchet distance to fresh drawings in its
+features (benchmarks/leads.py). Finished points are kept in --out.
 """
 
 import statistics

@@ -2,13 +2,13 @@
 
     python benchmarks/leads.py --vae bundled --clip bundled --judge runs/pictograms-recogniser
 
-A small U-Net between the bundled model's autoencoder and text encoder sees as many pictograms every time, with one
-thing changed: a setting, or the latents (`--vaes runs/other-vae …`). Its objects are those that have a pair of object
-and style among the held-out ones that `atelier evaluate` leaves alone: what is chosen here can be measured there. Of
-each lead: what the judge finds right (objects, styles) in samples of pairs trained on and held out, and how sure it is
-of that (mean log-probability, which says more than a share); the Fréchet distance of all these to fresh drawings in the
-judge's features, the validation error by noise level, what the autoencoder loses, and the training's time beside the
-base's.
+A U-Net of half the bundled one's size, between its autoencoder and text encoder, sees as many pictograms every time,
+with one thing changed: a setting, or the latents (`--vaes runs/other-vae …`). Its objects, some forty, are those that
+have a pair of object and style among the held-out ones that `atelier evaluate` leaves alone: what is chosen here can be
+measured there. It is trained for minutes, where the bundled one had hours: what wins late is not seen. Of each lead:
+what the judge finds right (objects, styles) in samples of pairs trained on and held out, and how sure it is of that
+(mean log-probability, which says more than a share); the Fréchet distance of all these to fresh drawings in the judge's
+features, the validation error by noise level, what the autoencoder loses, and the training's time beside the base's.
 
 NAME@SEED is a lead with another seed, "base@1" and so on the base: differences that are not larger than theirs say
 nothing (another seed holds out other pictures, too, and leads in other latents have validation errors of another kind).
@@ -398,7 +398,8 @@ def reconstructed(pipe: TextToImagePipeline) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """A bar for each lead; the band is where the base lies with other seeds, its mean ± two deviations."""
+    """A bar for each lead; the band is the mean ± two deviations of the base with several seeds (of few: no confidence
+    interval)."""
     from matplotlib.figure import Figure
 
     names = [row["lead"] for row in rows][::-1]
