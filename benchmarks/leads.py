@@ -100,13 +100,6 @@ def replaced(**functions: Any) -> Iterator[None]:
 
 
 @contextmanager
-def soft_min_snr(_: Options) -> Iterator[Goal]:
-    """gamma SNR / (SNR + gamma) on x_0's square error (arXiv:2401.11605, section 3.4). Their gamma is 4 for pixels of
-    deviation 0.5: it lies where noise is as large as the data, which for latents of deviation 1 is 1."""
-    yield lambda *given: denoising(*given)._replace(weight=lambda sigma: 1 / (1 + sigma**2))
-
-
-@contextmanager
 def immiscible(_: Options) -> Iterator[Goal]:
     """The noises of a batch go to the pictures that they are nearest to, as an assignment (arXiv:2406.12303)."""
     from scipy.optimize import linear_sum_assignment
@@ -206,7 +199,7 @@ LEADS = {
     ),
     "noise-0": Lead("noise about 0", {"noise_mean": 0.0}),
     "noise-1.4": Lead("noise about 1.4", {"noise_mean": 1.4}),
-    "soft-min-snr": Lead("soft min-SNR", twist=soft_min_snr),
+    "soft-min-snr": Lead("soft min-SNR", {"weight": "soft_min_snr"}),
     "immiscible": Lead("noise assigned within the batch", twist=immiscible),
     "aligned": Lead("middle aligned with CLIP", twist=aligned),
     "ema-power": Lead("power-function EMA, a tenth of the training", twist=power_ema),

@@ -119,6 +119,20 @@ class MinSNR:
 
 
 @dataclass(frozen=True)
+class SoftMinSNR:
+    """d² / (sigma² + d²): the signal-to-noise ratio where noise is strong, and no more than 1 where it is weak, with no
+    corner between them (arXiv:2401.11605, section 3.4, whose gamma of 4 is 1 / d² of its pixels).
+
+    It fades as sigma grows, as `MinSNR` does.
+    """
+
+    sigma_data: float = 1.0
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+
+
+@dataclass(frozen=True)
 class Debiased:
     """1 / sigma: epsilon's own error times 1 / sqrt(SNR) (arXiv:2310.08442, equation 12), at most `largest`.
 
@@ -176,7 +190,7 @@ class ContinuousELBO:
 
 
 NOISES = {"uniform": UniformTime, "log_normal": LogNormal, "logit_normal": LogitNormal}
-WEIGHTS = ("plain", "min_snr", "debiased", "edm", "x0", "elbo")
+WEIGHTS = ("plain", "min_snr", "soft_min_snr", "debiased", "edm", "x0", "elbo")
 
 
 def training_noise(
@@ -211,8 +225,9 @@ def training_weight(
         gamma, floor: of "min_snr".
 
     Raises:
-        ValueError: an unknown name; or min-SNR without a floor on a schedule that ends in pure noise, where its
-            weight, 6e-8, would leave the last step untrained; or another than "elbo" for the prediction "mean".
+        ValueError: an unknown name; or min-SNR without a floor, or its soft kind, on a schedule that ends in pure
+            noise, where its weight, 6e-8, would leave the last step untrained; or another than "elbo" for the
+            prediction "mean".
     """
     if denoiser.prediction == "mean" and name != "elbo":
         raise ValueError(
@@ -229,13 +244,13 @@ def training_weight(
     if name == "elbo":
         table = isinstance(noise, UniformTime) and isinstance(noise.schedule, VariancePreserving)
         return DiscreteELBO(denoiser.schedule) if table else ContinuousELBO(noise)
-    if name == "min_snr":
-        if denoiser.schedule.clamped and floor <= 0:
+    if name in ("min_snr", "soft_min_snr"):
+        if denoiser.schedule.clamped and (floor <= 0 or name == "soft_min_snr"):
             raise ValueError(
-                "min-SNR gives pure noise no weight, and this schedule ends in it: its last step would stay untrained; "
-                "give a floor, 0.01 for instance, or take the plain weight"
+                f"{name} gives pure noise no weight, and this schedule ends in it: its last step would stay untrained; "
+                "take min_snr with a floor, 0.01 for instance, or the plain weight"
             )
-        return MinSNR(gamma, floor)
+        return MinSNR(gamma, floor) if name == "min_snr" else SoftMinSNR(denoiser.sigma_data)
     raise ValueError(f"weight should be one of {', '.join(WEIGHTS)}; got {name!r}")
 
 

@@ -43,7 +43,7 @@ def test_every_lead_is_one_change_of_the_base(leads: dict[str, Any], options: An
         plain = lead.twist is leads["as_it_is"]
         twisted += not plain
         assert (config == replace(base, output=config.output)) == (not plain or name == "base")
-    assert twisted >= 4
+    assert twisted >= 3
 
 
 def test_another_autoencoder_is_a_lead(leads: dict[str, Any], options: Any, model_folder: Path, tmp_path: Path) -> None:
@@ -112,22 +112,13 @@ def test_alignment_looks_at_each_picture_once_and_stops(
     assert not extra[4].any()  # past 40% of the updates
 
 
-@pytest.mark.parametrize("name", ["soft-min-snr", "immiscible", "ema-power"])
+@pytest.mark.parametrize("name", ["immiscible", "ema-power"])
 def test_a_change_ends_with_its_block(leads: dict[str, Any], options: Any, name: str) -> None:
     before = dict(vars(train.ldm))
     with leads["LEADS"][name].twist(options):
         inside = dict(vars(train.ldm))
     assert vars(train.ldm) == before
-    assert (inside != before) == (name != "soft-min-snr")
-
-
-def test_soft_min_snr_is_half_the_harmonic_mean_with_gamma(
-    leads: dict[str, Any], options: Any, model_folder: Path
-) -> None:
-    sigma = torch.logspace(-2, 2, 9)
-    with leads["soft_min_snr"](options) as goal:
-        weight = goal(load_model(model_folder), Config(), None).weight(sigma)
-    torch.testing.assert_close(1 / weight, sigma**2 + 1)
+    assert inside != before
 
 
 def test_immiscible_noise_is_the_batchs_own_and_nearer(

@@ -23,6 +23,7 @@ from ldm.loss import (
     LogNormal,
     MinSNR,
     Plain,
+    SoftMinSNR,
     UniformTime,
     denoising_loss,
     training_noise,
@@ -273,6 +274,7 @@ def test_names_choose_noises_and_weights():
     assert training_noise("logit_normal", FLOW, std=0.7) == LogitNormal(0.0, 0.7, FLOW)
     denoiser = Denoiser(Network(), VP, "v")
     kinds = {"plain": Plain, "min_snr": MinSNR, "debiased": Debiased, "edm": EDMWeight, "x0": X0, "elbo": DiscreteELBO}
+    kinds["soft_min_snr"] = SoftMinSNR
     assert set(kinds) == set(WEIGHTS)
     for name, kind in kinds.items():
         assert isinstance(training_weight(name, denoiser, UniformTime(VP)), kind)
@@ -280,6 +282,16 @@ def test_names_choose_noises_and_weights():
     assert training_weight("min_snr", denoiser, UniformTime(VP), gamma=3.0) == MinSNR(3.0)
     half = Denoiser(Network(), EDM(0.5), "edm", 0.5)
     assert training_weight("edm", half, LogNormal()) == EDMWeight(0.5)
+
+
+def test_soft_min_snr_is_its_papers_formula():
+    """4 SNR / (SNR + 4) for pixels of deviation 0.5, but for a factor; never above the weights it goes between."""
+    sigma = torch.logspace(-3, 3, 50, dtype=torch.float64)
+    torch.testing.assert_close(4 * SoftMinSNR(0.5)(sigma), 4 * sigma**-2 / (sigma**-2 + 4))
+    assert (SoftMinSNR()(sigma) < MinSNR(1.0)(sigma)).all()
+    assert (2 * SoftMinSNR()(sigma) >= MinSNR(1.0)(sigma)).all()
+    with pytest.raises(ValueError, match="soft_min_snr gives pure noise no weight"):
+        training_weight("soft_min_snr", Denoiser(Network(), FLOW, "velocity"), UniformTime(FLOW), floor=0.1)
 
 
 def test_min_snr_at_pure_noise_is_floored_or_refused():
@@ -298,7 +310,7 @@ def test_bad_choices_say_what_there_is():
         training_noise("uniform", VP, mean=0.0, std=1.0)
     with pytest.raises(ValueError, match="std of the training noise should be above 0"):
         training_noise("log_normal", VP, std=0.0)
-    with pytest.raises(ValueError, match=r"one of plain, min_snr, debiased, edm, x0, elbo; got 'p2'"):
+    with pytest.raises(ValueError, match=r"one of plain, min_snr, soft_min_snr, debiased, edm, x0, elbo; got 'p2'"):
         training_weight("p2", denoiser, UniformTime(VP))
     with pytest.raises(ValueError, match=r"predicts the mean learns by the weight elbo.*got plain"):
         training_weight("plain", Denoiser(nn.Identity(), VP, "mean"), UniformTime(VP))

@@ -80,7 +80,8 @@ def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
         ({"path": "flow"}, "v-prediction needs"),
         ({"path": "flow", "prediction": "velocity", "zero_snr": True}, "zero.snr"),
         ({"noise": "log_normal", "noise_std": 0.0}, "std"),
-        ({"weight": "min_snr", "zero_snr": True}, "min-SNR"),
+        ({"weight": "min_snr", "zero_snr": True}, "min_snr gives pure noise no weight"),
+        ({"weight": "soft_min_snr", "zero_snr": True}, "soft_min_snr gives pure noise no weight"),
     ],
 )
 def test_runs_that_make_no_sense_are_refused(

@@ -64,7 +64,7 @@ class Config:
     noise: Literal["uniform", "log_normal", "logit_normal"] = "log_normal"  # distribution of training noise
     noise_mean: float | None = None  # of log(sigma), not for uniform; None: 0.4, or the paper's for logit_normal, 0
     noise_std: float | None = None  # likewise; None: 1.4, or the paper's for logit_normal, 1
-    weight: Literal["plain", "min_snr", "debiased", "edm", "x0", "elbo"] = "plain"
+    weight: Literal["plain", "min_snr", "soft_min_snr", "debiased", "edm", "x0", "elbo"] = "plain"
     huber: float = 0.0  # c of the pseudo-Huber loss, 0.1 for instance; 0: the square
     offset_noise: float = 0.0  # deviation of noise that is one number for a channel, 0.05 for instance
     perturbation: float = 0.0  # more noise that the network sees and is not told of, 0.1 for instance
