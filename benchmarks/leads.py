@@ -399,10 +399,11 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     columns = {
         "held_out_object": "right objects, held-out pairs",
         "held_out_object_nats": "log-probability of those, nats",
+        "held_out_style": "right styles, held-out pairs",
         "distance": "Fréchet distance, judge's features",
     }
-    figure = Figure(figsize=(13, 0.32 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
+    figure = Figure(figsize=(16, 0.32 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(columns), sharey=True)
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
         colors = ["tab:blue" if name.partition("@")[0] == "base" else "0.6" for name in names]
         axis.barh(names, [row[column] for row in rows][::-1], color=colors)
