@@ -8,7 +8,8 @@ from train.config import flags_in
 from train.set_presets import LECTURE, SMALL_SETS
 from train.settings import SMALL, Config
 
-# For latents of 16×16: text and attention at 8×8 and 4×4; at the finest level they would cost more than they give.
+# For latents of 16×16: text and attention at 8×8 and 4×4; at the finest level, too, an update takes 1.6 times as long
+# (benchmarks/README.md has what that gives).
 THREE_LEVELS = replace(
     SMALL,
     block_out_channels=(64, 128, 192),
