@@ -200,8 +200,8 @@ class TextToImagePipeline(OpenedModel):
                     callback(i, sigma, x, x0)
 
             reuse = model.unet.reuse_contexts() if isinstance(model.unet, UNet) else nullcontext()
-            variance_ = model.denoiser.learned_variance() if model.learned_variance else nullcontext()
-            with reuse, variance_ as learned:
+            put_out = model.denoiser.learned_variance() if model.learned_variance else nullcontext()
+            with reuse, put_out as learned:
                 options = sampler_options(model.scheduler, name, eta, learned) | fixed
                 x = chosen.function(denoise, start.x, sigmas, noise=noise, callback=stepped, **options)
         x = start.finish(x)

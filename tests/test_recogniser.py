@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 import train.answers
 import train.pictograms
 import train.recogniser
 from tests.test_drawn import needs_font
+from tests.training import poison
 from train.answers import GRAIN, augmented, drawings, numbered, softened
 from train.data import to_unit
 from train.recogniser import PRESETS, Config, Recogniser, RecogniserConfig, load_recogniser, main
@@ -75,15 +75,7 @@ def test_it_learns_and_says_how_often_it_is_right(config: Config, halves: Path, 
 def test_gradients_that_are_no_numbers_reach_no_checkpoint(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward, steps = Accelerator.backward, []
-
-    def poisoned(self, loss, **kwargs) -> None:
-        backward(self, loss, **kwargs)
-        steps.append(loss)
-        if len(steps) == 4:
-            self._models[-1].linear_out.weight.grad.fill_(float("nan"))
-
-    monkeypatch.setattr(Accelerator, "backward", poisoned)
+    poison(monkeypatch, 4, lambda accelerator: accelerator._models[-1].linear_out.weight)
     with pytest.raises(ValueError, match="gradient is nan at update 3: lower --learning-rate"):
         main(replace(config, output=tmp_path, epochs=2, checkpoint_every=3))
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000003"]

@@ -12,7 +12,7 @@ import train.ldm
 import train.trained
 import train.watch
 from ldm.pixel_unet import PixelUNetConfig
-from tests.training import Killed, kill_at, paint, state, weights
+from tests.training import Killed, kill_at, paint, poison, state, weights
 from train.batch import draw_batch
 from train.data import batch_indices
 from train.feed import Taken
@@ -223,15 +223,9 @@ def test_a_loss_that_is_no_number_stops_the_run(
 def test_gradients_that_are_no_numbers_reach_no_checkpoint(
     pixels: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward, steps = Accelerator.backward, []
-
-    def poisoned(self, loss, **kwargs) -> None:
-        backward(self, loss, **kwargs)
-        steps.append(loss)
-        if len(steps) == 5:  # the first is the rehearsal's
-            self._models[-1].denoiser.network.conv_in.weight.grad.fill_(float("nan"))
-
-    monkeypatch.setattr(Accelerator, "backward", poisoned)
+    poison(
+        monkeypatch, 5, lambda accelerator: accelerator._models[-1].denoiser.network.conv_in.weight
+    )  # the first is the rehearsal's
     with pytest.raises(ValueError, match=r"gradient is nan at update 3"):
         main(replace(pixels, output=tmp_path, updates=6, checkpoint_every=2))
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000002"]

@@ -15,6 +15,7 @@ from PIL import Image
 
 import train.vae
 from pipelines.files import load_autoencoder
+from tests.training import poison
 from train.data import read_pictures, to_unit
 from train.sources import open_source
 from train.state import checkpoints
@@ -369,15 +370,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
 def test_gradients_that_are_no_numbers_reach_no_checkpoint(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward, steps = Accelerator.backward, []
-
-    def poisoned(self, loss, **kwargs) -> None:
-        backward(self, loss, **kwargs)
-        steps.append(loss)
-        if len(steps) == 4:
-            self._models[0].encoder.conv_in.weight.grad.fill_(float("nan"))
-
-    monkeypatch.setattr(Accelerator, "backward", poisoned)
+    poison(monkeypatch, 4, lambda accelerator: accelerator._models[0].encoder.conv_in.weight)
     with pytest.raises(ValueError, match="gradient is nan at update 3"):
         run(replace(config, updates=6, checkpoint_every=2), tmp_path)
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000002"]

@@ -1,10 +1,14 @@
 """What the tests of training share beside the fixtures `pixels` and `latents`: a look at what a run left, its end."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import train.ldm
@@ -51,3 +55,15 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         return rate(update, **kwargs)
 
     monkeypatch.setattr(train.ldm, "learning_rate", killing)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, at: int, weight_of: Callable[[Accelerator], torch.nn.Parameter]) -> None:
+    """In the `at`-th backward pass a weight's gradient becomes no number."""
+    backward, passes = Accelerator.backward, itertools.count(1)
+
+    def poisoned(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
+        backward(self, loss, **kwargs)
+        if next(passes) == at:
+            weight_of(self).grad.fill_(float("nan"))  # type: ignore[union-attr]
+
+    monkeypatch.setattr(Accelerator, "backward", poisoned)
