@@ -78,8 +78,6 @@ class Paint:
         from pipelines.image import trained_sides
 
         pipe = _opened(self)
-        for learned in self.embedding:
-            print(f"learned {', '.join(pipe.load_embedding(learned))}", file=sys.stderr)
         seed = random.randrange(2**31) if self.seed is None else self.seed
         where = f"{pipe.device.type}, {str(pipe.dtype).removeprefix('torch.')}"
         print(f"painting on {where}, seed {seed}", file=sys.stderr)
@@ -122,6 +120,8 @@ class Web:
     """As of `paint`."""
     lora_weight: tuple[float, ...] = (1.0,)
     """Of each --lora, or one for all."""
+    embedding: tuple[str, ...] = ()
+    """As of `paint`."""
     device: str | None = None
     """cuda, mps or cpu; the first of these that is there by default."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -139,11 +139,13 @@ class Web:
 
 
 def _opened(command: Paint | Web) -> Any:
-    """The pipeline of a command, with its LoRAs."""
+    """The pipeline of a command, with its LoRAs and learned words."""
     from pipelines import TextToImagePipeline
 
     pipe = TextToImagePipeline.from_pretrained(command.model, device=command.device, dtype=command.dtype)
     pipe.load_loras(command.lora, command.lora_weight)
+    for learned in command.embedding:
+        print(f"learned {', '.join(pipe.load_embedding(learned))}", file=sys.stderr)
     return pipe
 
 

@@ -57,6 +57,7 @@ from train.sources import open_source
 from train.state import EMA
 
 Goal = Callable[..., Objective]
+CLIP = ("text_encoder", "clip")
 PAINTED = 1  # seed of the pairs and noises; those of `atelier evaluate` are 0
 RESULTS = Path(__file__).parent / "results"
 EVERYWHERE = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
@@ -256,18 +257,21 @@ def config_of(name: str, options: Options) -> Config:
     )
     config = replace(base, **recipe_of(name, options).changes)
     known = digest(
-        repr(config), weights_of(config.vae), weights_of(config.text_encoder), drawings(base.data, options.size or 128)
+        repr(config),
+        weights_of(config.vae, "vae"),
+        weights_of(config.text_encoder, *CLIP),
+        drawings(base.data, options.size or 128),
     )
     output = options.work / f"{name.replace('/', '-')}-{known[:8]}"
     return replace(config, output=output, cache=options.cache, workers=options.workers)
 
 
 @lru_cache
-def weights_of(where: str) -> str:
-    """A hash of the weights of a model folder's autoencoder and CLIP, or of all in a run's newest checkpoint."""
+def weights_of(where: str, *parts: str) -> str:
+    """A hash of the weights of these parts of a model's folder, or of all in a run's newest checkpoint."""
     folder = find_model(None) if where == "bundled" else newest(Path(where).expanduser())
-    parts = [place for name in ("vae", "text_encoder", "clip") if (place := folder / name).is_dir()]
-    files = [file for place in parts or [folder] for file in sorted(place.rglob("*.safetensors"))]
+    places = [place for name in parts if (place := folder / name).is_dir()]
+    files = [file for place in places or [folder] for file in sorted(place.rglob("*.safetensors"))]
     if not files:
         raise ValueError(f"{where} holds no weights: expected a run, or a model's folder")
     return digest(*(file.read_bytes() for file in files))
@@ -420,7 +424,7 @@ def main(options: Options) -> None:
     names, settings = all_leads(options), {}
     for key in ("every", "updates", "batch", "prompts", "size"):
         settings[key] = getattr(options, key)
-    settings |= {"vae": weights_of(options.vae)[:16], "clip": weights_of(options.clip)[:16]}
+    settings |= {"vae": weights_of(options.vae, "vae")[:16], "clip": weights_of(options.clip, *CLIP)[:16]}
     needs("matplotlib", "scipy")
     objects = objects_of(data_of(options))  # what would be found out after hours of training is asked before
     asked_rows(options.prompts, objects)
@@ -441,9 +445,9 @@ def main(options: Options) -> None:
                 continue
             pipe = TextToImagePipeline.from_pretrained(config_of(name, options).output)
             about |= painted(pipe, options.judge, options.prompts) | reconstructed(pipe)
-            same = about["machine"] == rows.get("base", about)["machine"]
-            beside = rows.get("base", about)["seconds_per_update"]
-            rows[name] = about | {"time": about["seconds_per_update"] / beside if same else None}
+            base = about if name == "base" else rows.get("base", {})
+            same = base.get("machine") == about["machine"]
+            rows[name] = about | {"time": about["seconds_per_update"] / base["seconds_per_update"] if same else None}
             write_aside(options.out, {"settings": settings, "rows": list(rows.values())})
             plot(list(rows.values()), options.out.with_suffix(".png"))
         line = "{lead}: objects {train_object:.1%} / {held_out_object:.1%} ({held_out_object_nats:.3f} nats), styles "

@@ -12,7 +12,6 @@ only. Writes OUT.json, and a sheet of pictures as OUT.png.
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -29,8 +28,10 @@ from PIL import Image
 from benchmarks.machine import described
 from pipelines import TextToImagePipeline
 from train.evaluate import draw_rows, judged, nearest, open_pictogram_judge
+from train.extractors import open_extractor
 from train.grid import grid
 from train.pictograms import GROUNDS, STYLES, Row, captions, chosen, paint
+from train.samples import model_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = {  # the grounds of the 20 pictures, by style
@@ -141,7 +142,8 @@ def main(options: Options) -> dict[str, Any]:
     sheet, said = images[:8], [caption(options, "plain", ground) for ground in SHOWN["plain"]]
     result: dict[str, Any] = {"object": options.object, "pictures": len(images), "flags": options.flags}
     result["prior"] = KEPT if options.prior else ()
-    result |= {"machine": described(), "cores": os.cpu_count()}
+    result |= {"machine": described(), "judge": open_extractor(str(options.judge)).digest}
+    result["weights"] = model_digest(TextToImagePipeline.from_pretrained(options.model))
     rows = unseen(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for when, model in {"before": options.model, "after": str(options.work / "run")}.items():

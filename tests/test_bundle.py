@@ -8,7 +8,7 @@ import torch
 
 from pipelines import TextToImagePipeline
 from pipelines.adapters import save_lora
-from pipelines.files import write_json
+from pipelines.files import load_autoencoder, newest, save_network, write_json
 from pipelines.folder import load_model, save_model
 from tests.conftest import tiny_text_encoder
 from tests.test_extractors import CLIP
@@ -66,6 +66,27 @@ def test_what_three_trainings_left_is_one_small_folder(runs: Path, tmp_path: Pat
     small.load_lora(out / "student")
     assert (small.model.defaults.steps, small.model.defaults.guidance_scale) == (3, 1.0)
     assert oct((out / "clip" / "open_clip_model.int8.safetensors").stat().st_mode)[-3:] == "644"
+
+
+def test_another_decoder_of_the_same_latents(runs: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "decoder", tmp_path / "bundled"
+    vae = load_autoencoder(newest(runs / "model") / "vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(-1)
+    save_network(vae, run)
+    main(Config(runs / "model", runs / "clip", out=out, vae=run))
+    small = load_model(out)
+    wanted = -load_model(runs / "model").vae.decoder.conv_out.weight
+    torch.testing.assert_close(small.vae.decoder.conv_out.weight, wanted, atol=0.01, rtol=0.01)
+
+    out.rename(tmp_path / ".bundled.before.partial")  # as a call that was killed while it replaced the folder leaves it
+    (tmp_path / ".bundled.before.partial" / "README.md").write_text("a card")
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(-1)
+    save_network(vae, run)
+    with pytest.raises(ValueError, match="has another encoder than"):
+        main(Config(runs / "model", runs / "clip", out=out, vae=run))
+    assert (out / "README.md").read_text() == "a card"
 
 
 def test_a_run_that_is_none_is_named_and_nothing_is_lost(runs: Path, tmp_path: Path) -> None:

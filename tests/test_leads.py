@@ -192,3 +192,14 @@ def test_a_model_guided_by_itself_is_not_guided(model_folder: Path) -> None:
         torch.testing.assert_close(pipe("a red circle", guidance_scale=3.0, **call).images, alone)
     torch.testing.assert_close(pipe("a red circle", guidance_scale=3.0, **call).images, usual)
     assert not torch.allclose(usual, alone, atol=1e-3)
+
+
+def test_detail_is_that_of_the_pattern_by_style() -> None:
+    decoders = runpy.run_path(str(ROOT / "benchmarks" / "decoders.py"))
+    flat, board = torch.ones(3, 8, 8) * 0.5, torch.ones(3, 8, 8)
+    board[:, ::2, ::2] = board[:, 1::2, 1::2] = -1
+    found = decoders["detail"](torch.stack([flat, board]))
+    torch.testing.assert_close(found, torch.tensor([0.0, 255.0 * 4]))  # to each of four neighbours from black to white
+    rows = [SimpleNamespace(style=style) for style in ("plain", "oil", "plain")]
+    assert decoders["by_style"](torch.tensor([1.0, 5.0, 3.0]), rows) == {"all": 3.0, "oil": 5.0, "plain": 2.0}
+    assert decoders["first_of_styles"](rows) == {"oil": 1, "plain": 0}

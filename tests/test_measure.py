@@ -296,6 +296,13 @@ def test_clip_score_of_pictures_and_their_captions(measuring: Measuring, referen
     assert clip["samples"] == 20
     assert clip["clip"]["hash"] != json.loads((tmp_path / "out" / "metrics.json").read_text())["extractor"]["hash"]
     assert fid["value"] == pytest.approx(0, abs=1e-6)
+    torch.manual_seed(1)
+    save_clip(tmp_path / "second", open_clip.CLIP(**arguments), arguments, tokenizer)
+    other = measure(replace(how, metrics="clip", clip=str(tmp_path / "second"), out=tmp_path / "out"))
+    assert [one["metric"] for one in other["metrics"]] == ["frechet", "clip", "clip"]
+    assert other["metrics"][1] == clip
+    alone = replace(how, metrics="clip", extractor="inception:nowhere.pth", out=tmp_path / "alone")
+    assert measure(alone)["metrics"] == [clip]  # features that no number is made of are not computed
 
 
 def test_numbers_of_the_same_pictures_stand_side_by_side(measuring: Measuring, tmp_path: Path) -> None:

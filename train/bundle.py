@@ -1,6 +1,6 @@
 """Writes the bundled model: what its trainings left, in 8 bits, as the package carries it.
 
-python train/bundle.py --model runs/bundled --clip runs/bundled-clip --student runs/student
+python train/bundle.py --model runs/bundled-2 --vae runs/crisper --clip runs/bundled-clip --student runs/student
 """
 
 import shutil
@@ -21,7 +21,9 @@ from pipelines.files import newest, read_json, read_tensors, read_weights
 from pipelines.find import BUNDLED, LORA
 from pipelines.folder import Model, load_model, save_model
 from pipelines.quantized import quantize
+from train.build import open_autoencoder
 from train.clip_model import CONFIG, WEIGHTS, export_text_tower, load_clip
+from vae.autoencoder import Autoencoder, Identity
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Config:
     clip: Path  # the run of train/clip.py that told it
     student: Path | None = None  # a run of train/distill.py with --lora-rank
     out: Path = BUNDLED
+    vae: Path | None = None  # a run of train/vae.py --decoder-only: another decoder of the model's latents
 
 
 def main(config: Config) -> None:
@@ -40,12 +43,17 @@ def main(config: Config) -> None:
     Raises ValueError for runs that are none, or where a folder that is no model would be replaced, and leaves it as it
     was.
     """
-    for run in filter(None, (config.model, config.clip, config.student)):
+    before = config.out.with_name(f".{config.out.name}.before.partial")
+    if before.is_dir() and not config.out.exists():  # an earlier call was killed between moving this and its own
+        before.rename(config.out)
+    for run in filter(None, (config.model, config.clip, config.vae, config.student)):
         if run.resolve().is_relative_to(config.out.resolve()):
             raise ValueError(f"--out {config.out} would be replaced, and {run} is in it: name another")
     if config.out.exists() and not (config.out / "atelier.json").is_file() and any(config.out.iterdir()):
         raise ValueError(f"--out {config.out} would be replaced, and is no model's folder: name a new one")
     model, stem = load_model(config.model), WEIGHTS.removesuffix(".safetensors")
+    if config.vae:
+        model.vae = _other_decoder(model, config)
     clip = config.clip / "clip"
     read_json(clip / CONFIG)  # or an error that says what is missing
     weights = read_weights(clip, stem)
@@ -72,7 +80,6 @@ def main(config: Config) -> None:
     files = [file for file in aside.rglob("*") if file.is_file()]
     for file in files:
         file.chmod(0o644)  # safetensors lets only the owner read
-    before = config.out.with_name(f".{config.out.name}.before.partial")
     shutil.rmtree(before, ignore_errors=True)
     if config.out.is_dir():
         config.out.rename(before)
@@ -94,15 +101,33 @@ def _check_same(model: Model, config: Config) -> None:
         )
 
 
+def _other_decoder(model: Model, config: Config) -> Autoencoder | Identity:
+    """The autoencoder of --vae; ValueError where its latents are not those that the model paints."""
+    found = open_autoencoder(str(config.vae))
+    theirs, ours = (
+        {name: weight for name, weight in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+        for vae in (found, model.vae)
+    )
+    if not _same(theirs, ours):
+        raise ValueError(
+            f"--vae {config.vae} has another encoder than {config.model}, so its decoder is of other latents: give "
+            "a run of train/vae.py --decoder-only whose --init was the autoencoder that the model was trained with"
+        )
+    return found.eval()
+
+
 def _read_student(model: Model, run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A student's file; ValueError where it learnt from another model, whose layers may well be of the same shapes."""
     folder = newest(run)
     tensors = read_tensors(folder / LORA)
     base = read_json(folder / "atelier.json").get("base", "")
-    theirs, ours = (part.state_dict() for part in (load_model(base).unet, model.unet))
-    if theirs.keys() != ours.keys() or not all(_near(weight, ours[name]) for name, weight in theirs.items()):
+    if not _same(load_model(base).unet.state_dict(), model.unet.state_dict()):
         raise ValueError(f"--student {run} learnt from another model than --model, from {base!r}: train it anew")
     return tensors
+
+
+def _same(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> bool:
+    return theirs.keys() == ours.keys() and all(_near(weight, ours[name]) for name, weight in theirs.items())
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

@@ -135,9 +135,13 @@ def _write(how: Measuring, result: dict[str, Any]) -> None:
     def of(one: dict[str, Any]) -> dict[str, Any]:
         return {key: one.get(key) for key in OF_PICTURES} | {"extractor": one.get("extractor", {}).get("hash")}
 
+    def asked(one: dict[str, Any]) -> tuple[Any, ...]:
+        """What two numbers of one name may differ in, though pictures and extractor are the same."""
+        return one["metric"], one.get("clip", {}).get("hash"), one.get("seed"), one.get("template")
+
     def join(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-        new = {one["metric"]: one for one in now["metrics"]}
-        metrics = [new.pop(one["metric"], one) for one in before["metrics"]] + list(new.values())
+        new = {asked(one): one for one in now["metrics"]}
+        metrics = [new.pop(asked(one), one) for one in before["metrics"]] + list(new.values())
         return joined(before, now) | {"metrics": metrics}
 
     write_result(how.out / FILE, result, of, join)
@@ -171,8 +175,9 @@ def _open_extractors(how: Measuring, accelerator: Accelerator) -> tuple[Extracto
     """That of the distances, and the CLIP of the score (the same, where it is one, or no score was asked for).
 
     Raises ValueError for one that has no part in what was asked for."""
+    alone = _clip_alone(how)
     with accelerator.main_process_first():  # which fetches what the others then find
-        extractor = open_extractor(how.extractor, accelerator.device)
+        extractor = open_extractor(how.clip if alone else how.extractor, accelerator.device)
     if "accuracy" in how.wanted and not isinstance(extractor.network, Recogniser):
         raise ValueError(
             f"accuracy is the verdict of a run of train/recogniser.py, and {extractor.name} is none: give one as "
@@ -180,13 +185,18 @@ def _open_extractors(how: Measuring, accelerator: Accelerator) -> tuple[Extracto
         )
     clip = extractor
     if "clip" in how.wanted:
-        clip = open_extractor(how.clip, accelerator.device) if how.clip else extractor
+        clip = open_extractor(how.clip, accelerator.device) if how.clip and not alone else extractor
         if clip.embed is None:
             raise ValueError(
                 f"the CLIP score needs a CLIP, and {clip.name} is none: give --clip RUN (of train/clip.py), a folder "
                 "or hub id of transformers, or ARCHITECTURE:WEIGHTS of open_clip"
             )
     return extractor, clip
+
+
+def _clip_alone(how: Measuring) -> bool:
+    """Whether no features but those of --clip are asked for."""
+    return bool(how.clip) and not how.training and set(how.wanted) <= {"clip", "bpd"}
 
 
 def _warn_of_few(samples: Reference, reference: Reference, say: Callable[[str], None]) -> None:
@@ -254,7 +264,8 @@ def _of_features(
     if not accelerator.is_main_process:
         return
     result |= {"samples": len(samples), "samples_hash": samples.hash, "size": size, "reference": said}
-    result["extractor"] = extractor.described()
+    if not _clip_alone(how):
+        result["extractor"] = extractor.described()
     if "fid" in how.wanted:
         _warn_of_few(samples, reference, say)
     for found in _numbers(how, samples, reference, extractor, clip, embedded):
@@ -304,7 +315,8 @@ def _numbers(
     if "accuracy" in wanted:
         (real, pictures), (shares, judged) = (_right(extractor, z, how.template) for z in (reference, samples))
         for task, share in shares.items():
-            both = {"value": share, "reference_value": real[task], "samples": judged, "pictures": pictures}
+            both: dict[str, Any] = {"value": share, "reference_value": real[task]}
+            both |= {"samples": judged, "pictures": pictures} | ({"template": how.template} if how.template else {})
             yield {"metric": f"{task} accuracy", "name": f"{task} right, by {extractor.name}", **both}
     if "diversity" in wanted:
         told = all(any(pictures.captions) for pictures in (samples, reference))

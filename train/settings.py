@@ -37,7 +37,7 @@ class Config:
     data: str = "shapes"  # folder, .parquet, .tar, hub set, "shapes", "pictograms[:NAMES]"; [NUMBER*]SOURCE joined by +
     template: str = ""  # makes captions of columns or fields, such as "a photo of {label}"
     shuffle_tags: bool = False  # comma-separated parts of a caption come in any order
-    keep_tags: int = 0  # but the first so many, which stay in front
+    keep_tags: int = 0  # of --shuffle-tags: the first so many keep their places
     streaming: bool = False  # read .parquet, .tar and hub sets as they come; nothing is cached
     buckets: bool = False  # aspect ratios stay about what they are: rectangles of about size² pixels, not squares
     output: Path = Path("runs/shapes")  # checkpoints, sample grids and logs
@@ -49,9 +49,10 @@ class Config:
     token: str = ""  # learn this new word of --model's text encoder, and nothing else (textual inversion)
     token_from: str = ""  # a known word that it begins as, such as "toy"
     token_vectors: int = 1  # how many vectors the word stands for
-    prior: tuple[str, ...] = ()  # captions, "a dog" or many: --model paints them first, and they stay so (DreamBooth)
+    # Captions whose look shall stay, "a dog" or many: --model paints them first and learns from that, too (DreamBooth).
+    prior: tuple[str, ...] = ()
     prior_pictures: int = 200  # how many pictures of them, in turn; half of what is seen is theirs
-    prior_weight: float = 1.0  # of their loss
+    prior_weight: float = 1.0  # of the loss on those pictures
     inpainting: bool = False  # the U-Net is also told a mask and what lies around it
     unet: UNetConfig | PixelUNetConfig = SMALL  # of a new model; channels follow the autoencoder and the encoder
     vae: str = "bundled"  # autoencoder of a new model: folder, "bundled", or "none" for pixels, "grey" for grey ones
@@ -63,7 +64,7 @@ class Config:
     sigma_data: float = 1.0  # of the path "edm": standard deviation of the data; latents have 1, pixels about 0.5
     noise: Literal["uniform", "log_normal", "logit_normal"] = "log_normal"  # distribution of training noise
     noise_mean: float | None = None  # of log(sigma), not for uniform; None: 0.4, or the paper's for logit_normal, 0
-    noise_std: float | None = None  # likewise; None: 1.4, or the paper's for logit_normal, 1
+    noise_std: float | None = None  # of log(sigma), likewise; None: 1.4, or the paper's for logit_normal, 1
     weight: Literal["plain", "min_snr", "soft_min_snr", "debiased", "edm", "x0", "elbo"] = "plain"
     huber: float = 0.0  # c of the pseudo-Huber loss, 0.1 for instance; 0: the square
     offset_noise: float = 0.0  # deviation of noise that is one number for a channel, 0.05 for instance
@@ -77,7 +78,7 @@ class Config:
     batch_size: int = 32  # pictures in one step of one process
     accumulate: int = 1  # steps in one update
     optimizer: Literal["muon", "adamw", "adamw8bit"] = "muon"  # Muon moves the matrices, AdamW the rest or all
-    learning_rate: float = 2e-3  # AdamW wants about half of what Muon does
+    learning_rate: float = 2e-3  # of Muon; 1e-4 is AdamW's usual one for what has learnt already
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: int = 100  # updates of linear warm-up
     weight_decay: float = 0.0
@@ -92,9 +93,9 @@ class Config:
     tracker: str = "tensorboard"  # who gets the numbers: any tracker of Accelerate that is installed
     prompts: tuple[str, ...] = ()  # of the sample grid; by default some of the data's own
     steps: int | None = None  # of the sampler, the model's default from now on; None: 20, or what it was before
-    guidance_scale: float | None = None  # likewise; None: 3, or what it was before
+    guidance_scale: float | None = None  # the model's default from now on; None: 3, or what it was before
     guidance_interval: tuple[float, float] | None = None  # likewise, noise levels; None: all, or what it was before
-    sampler: str | None = None  # likewise; None: dpmpp_2m (ddpm, if the variance is learned), or before
+    sampler: str | None = None  # the model's default; None: dpmpp_2m (ddpm, if the variance is learned), or before
     workers: int = 2  # processes that read pictures
     cache: Path = Path("cache")  # latents
     font: str | None = None  # the colour emoji font's file, for pictograms

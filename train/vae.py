@@ -372,8 +372,8 @@ def main(config: Config) -> Path:
         if weight:
             judged = discriminator_loss(discriminator(images), discriminator(output.detach().float()))
             accelerator.backward(judged)
-            norm = accelerator.clip_grad_norm_(discriminator.parameters(), math.inf)  # is only asked for
-            refuse_bad_step(accelerator, judged, norm, update, config.output, lambda: "of the discriminator")
+            judged_norm = accelerator.clip_grad_norm_(discriminator.parameters(), math.inf)  # is only asked for
+            refuse_bad_step(accelerator, judged, judged_norm, update, config.output, lambda: "of the discriminator")
             discriminator_optimizer.step()
             discriminator_optimizer.zero_grad()
         ema.step(update)
