@@ -237,7 +237,7 @@ def evaluate(
         return [source[i].image for i in range(len(source))]
 
     result: dict = {"model": str(model), "objects": len(objects), "seed": seed, "judge": "nearest in 32×32 pixels"}
-    result["judged_by"] = open_extractor(str(judge)).described() if judge else None
+    result["judged_by"] = told = open_extractor(str(judge)).described() if judge else None
     for split, count in zip(SPLITS, (prompts, prompts // 2), strict=True):
         rows = draw_rows(split, count, objects, seed, font)
         if not (count := len(rows)):
@@ -254,17 +254,19 @@ def evaluate(
             grid(images, said, columns=10).save(out / f"{split}.png")
         pairs = len({row[:2] for row in rows})  # whose pictures, on several grounds, are right or wrong together
         result[split] = {"prompts": count, **counted(count - len(misses), count, pairs), "misses": misses}
-        result[split] |= {"seconds_per_picture": seconds, "pairs": pairs}
+        shown = len({row.object for row in rows})
+        result[split] |= {"seconds_per_picture": seconds, "pairs": pairs, "objects": shown}
         if seconds:
             result[split]["processes"] = accelerator.num_processes
         result[split]["painted"] = json.loads((out / PAINTED / split / NOTES).read_text())
-        of = f"{count} prompts of {pairs} pairs"
+        of = f"{count} prompts of {pairs} pairs of {shown} objects"
         say(f"{split}: {in_percent(result[split])} of {of} closest to their own object")
-        if network and judge:
+        if network and judge and told:
             drawn = judged(network, drawn_afresh(rows, pipe.model.size, font), rows)
             result[split] |= {"judged": judged(network, images, rows), "judged_drawings": drawn}
             shares = (f"{task} {share:.1%} ({drawn[task]:.1%})" for task, share in result[split]["judged"].items())
-            say(f"{split} pairs, by {judge} (and of as many fresh drawings): {', '.join(shares)}")
+            by = f"{judge} [{told['hash']}, pictures {told['resize']}]"
+            say(f"{split} pairs, by {by} (and of as many fresh drawings): {', '.join(shares)}")
             if split == "train":
                 beside: dict[str, Any] = {"data": trained_on, "views": pipe.model.defaults.views}
                 beside |= {"font": font, "cache": cache, "vae": pipe.model.vae}

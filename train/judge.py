@@ -170,7 +170,8 @@ def evaluate_classes(
         by_class = right.view(len(names), each).float().mean(1)
         result |= counted(int(right.sum()), len(images))
         result["by_class"] = dict(zip(names, by_class.tolist(), strict=True))
-        accelerator.print(f"{in_percent(result)} of {len(images)} pictures are what was asked for, says {judge}")
+        by = f"{judge} [{result['judge']['hash']}, pictures {result['judge']['resize']}]"
+        accelerator.print(f"{in_percent(result)} of {len(images)} pictures are what was asked for, says {by}")
     else:
         shares = torch.bincount(found, minlength=len(names)) / len(images)
         result["share_of_class"] = dict(zip(names, shares.tolist(), strict=True))
