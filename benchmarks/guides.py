@@ -103,12 +103,12 @@ def main(options: Options) -> list[dict[str, Any]]:
     for guide, scale, seed in (point for point in points if point not in done):
         alike = [row for row in rows if (row["scale"], row["seed"]) == (scale, seed)]
         if scale == 1 and alike:  # whatever would guide: nothing does
-            found = {metric: value for metric, value in alike[0].items() if metric not in ("guide", "scale", "seed")}
+            found = alike[0]
         else:
             with guided_by(weaker) if weaker and guide.startswith("weaker") else nullcontext():
                 call = kinds[guide] | {"guidance_scale": scale, "steps": options.steps}
                 found = painted(pipe, options.judge, options.prompts, seed=seed, **call)
-        rows.append({"guide": guide, "scale": scale, "seed": seed, **found})
+        rows.append({**found, "guide": guide, "scale": scale, "seed": seed})
         print(guide, scale, seed, ", ".join(f"{metric} {found[metric]:.3g}" for metric in METRICS))
         write_aside(options.out, {"settings": settings, "machine": described(), "rows": rows})
     plot(rows, options.out.with_suffix(".png"))

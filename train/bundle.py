@@ -17,13 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conditioning.clip import ClipTextEncoder
-from pipelines.files import newest, read_json, read_tensors, read_weights
+from pipelines.files import load_autoencoder, newest, read_json, read_tensors, read_weights
 from pipelines.find import BUNDLED, LORA
 from pipelines.folder import Model, load_model, save_model
 from pipelines.quantized import quantize
-from train.build import open_autoencoder
 from train.clip_model import CONFIG, WEIGHTS, export_text_tower, load_clip
-from vae.autoencoder import Autoencoder, Identity
+from vae.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def main(config: Config) -> None:
         raise ValueError(f"--out {config.out} would be replaced, and is no model's folder: name a new one")
     model, stem = load_model(config.model), WEIGHTS.removesuffix(".safetensors")
     if config.vae:
-        model.vae = _other_decoder(model, config)
+        model.vae = _other_decoder(model, config.vae)
     clip = config.clip / "clip"
     read_json(clip / CONFIG)  # or an error that says what is missing
     weights = read_weights(clip, stem)
@@ -101,17 +100,17 @@ def _check_same(model: Model, config: Config) -> None:
         )
 
 
-def _other_decoder(model: Model, config: Config) -> Autoencoder | Identity:
+def _other_decoder(model: Model, vae: Path) -> Autoencoder:
     """The autoencoder of --vae; ValueError where its latents are not those that the model paints."""
-    found = open_autoencoder(str(config.vae))
+    found = load_autoencoder(vae)
     theirs, ours = (
-        {name: weight for name, weight in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
-        for vae in (found, model.vae)
+        {name: weight for name, weight in one.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+        for one in (found, model.vae)
     )
     if not _same(theirs, ours):
         raise ValueError(
-            f"--vae {config.vae} has another encoder than {config.model}, so its decoder is of other latents: give "
-            "a run of train/vae.py --decoder-only whose --init was the autoencoder that the model was trained with"
+            f"--vae {vae} has another encoder than --model, so that its decoder is of other latents: give a run of "
+            "train/vae.py --decoder-only whose --init was the autoencoder that the model was trained with"
         )
     return found.eval()
 
