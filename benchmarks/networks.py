@@ -1,6 +1,6 @@
 """Our U-Net and autoencoder beside diffusers' on the same weights: time of a forward pass, and of one with backward.
 
-    python benchmarks/networks.py [--repeats 30] [--threads 2] [--device cuda]
+    python benchmarks/networks.py [--repeats 30] [--threads 2] [--device cuda] [--out networks.json]
 
 Both sides take turns within one run; what counts is the shortest time of each, and the ratio. Each side runs in plain
 and in `channels_last` memory format; a ratio compares the better of each. A guided sampling step is a batch of two, and
@@ -8,9 +8,10 @@ ours keeps the keys and values of the text from step to step, as a pipeline does
 """
 
 import copy
+import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 from benchmarks.machine import described
 from ldm.unet import UNet, UNetConfig
 from vae.autoencoder import Autoencoder, AutoencoderConfig
+
+Side = tuple[nn.Module, Callable[[Any, Tensor], Tensor]]  # a network, and how to call it
+Row = dict[str, Any]  # of the results
 
 UNETS = {  # name: config, latent side, tokens of text
     "U-Net 64-128-192, 16x16x4 latents": (
@@ -58,18 +62,23 @@ class Options:
     repeats: int = 30  # turns of each side, after one that warms it up
     threads: int = torch.get_num_threads()
     device: str = "cpu"
+    out: Path | None = None  # JSON with the figures
 
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    print(f"{described()}, {options.threads} threads, float32, shortest of {options.repeats}")
+    told = {"machine": described(), "threads": options.threads, "repeats": options.repeats, "device": options.device}
+    print(f"{told['machine']}, {options.threads} threads, float32, shortest of {options.repeats}")
+    rows: list[Row] = []
     for name, (config, side, tokens) in UNETS.items():
-        unet(name, config, side, tokens, options)
+        rows += unet(name, config, side, tokens, options)
     for name, (autoencoder_config, side) in AUTOENCODERS.items():
-        autoencoder(name, autoencoder_config, side, options)
+        rows += autoencoder(name, autoencoder_config, side, options)
+    if options.out:
+        options.out.write_text(json.dumps(told | {"rows": rows}, indent=2) + "\n")
 
 
-def unet(name: str, config: UNetConfig, side: int, tokens: int, options: Options) -> None:
+def unet(name: str, config: UNetConfig, side: int, tokens: int, options: Options) -> Iterator[Row]:
     ours = UNet(config).to(options.device)
     theirs = UNet2DConditionModel.from_config(config.to_dict()).to(options.device)
     theirs.load_state_dict(ours.state_dict())
@@ -84,10 +93,10 @@ def unet(name: str, config: UNetConfig, side: int, tokens: int, options: Options
         def predict_theirs(model: nn.Module, x: Tensor, timestep: Tensor = timestep, text: Tensor = text) -> Tensor:
             return model(x, timestep, text, return_dict=False)[0]
 
-        compare(name, batch, training, (ours, predict), (theirs, predict_theirs), sample, options)
+        yield compare(name, batch, training, (ours, predict), (theirs, predict_theirs), sample, options)
 
 
-def autoencoder(name: str, config: AutoencoderConfig, side: int, options: Options) -> None:
+def autoencoder(name: str, config: AutoencoderConfig, side: int, options: Options) -> Iterator[Row]:
     ours = Autoencoder(config).to(options.device)
     theirs = AutoencoderKL.from_config(config.to_dict()).to(options.device)
     theirs.load_state_dict(ours.state_dict())
@@ -106,16 +115,13 @@ def autoencoder(name: str, config: AutoencoderConfig, side: int, options: Option
         return model(images, return_dict=False)[0]
 
     latents = torch.randn(1, config.latent_channels, side // ours.downscale, side // ours.downscale)
-    compare(f"{name}, decode", 1, False, (ours, decode), (theirs, decode_theirs), latents, options)
+    yield compare(f"{name}, decode", 1, False, (ours, decode), (theirs, decode_theirs), latents, options)
     images = torch.rand(4, config.in_channels, side, side) * 2 - 1
-    compare(f"{name}, both ways", 4, True, (ours, both), (theirs, both_theirs), images, options)
+    yield compare(f"{name}, both ways", 4, True, (ours, both), (theirs, both_theirs), images, options)
 
 
-Side = tuple[nn.Module, Callable[[Any, Tensor], Tensor]]  # a network, and how to call it
-
-
-def compare(name: str, batch: int, training: bool, ours: Side, theirs: Side, x: Tensor, options: Options) -> None:
-    """Prints one row: milliseconds of both, their ratio, and how far the outputs are apart."""
+def compare(name: str, batch: int, training: bool, ours: Side, theirs: Side, x: Tensor, options: Options) -> Row:
+    """Prints and returns one row: milliseconds of both, their ratio, and how far the outputs are apart."""
     x = x.to(options.device)
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
     with ExitStack() as scopes:
@@ -132,12 +138,16 @@ def compare(name: str, batch: int, training: bool, ours: Side, theirs: Side, x: 
         seconds = shortest(calls, options)
     best = {side: min(time for (s, _), time in seconds.items() if s == side) for side in ("ours", "diffusers")}
     apart = (outputs["ours"] - outputs["diffusers"]).abs().max().item()
-    print(
-        f"{name}, batch {batch}, {'forward and backward' if training else 'forward'}: "
-        f"ours {best['ours'] * 1e3:.1f} ms, diffusers {best['diffusers'] * 1e3:.1f} ms, "
-        f"{best['diffusers'] / best['ours']:.2f} times as fast (outputs differ by {apart:.0e})",
-        flush=True,
-    )
+    row = {
+        "what": f"{name}, batch {batch}, {'forward and backward' if training else 'forward'}",
+        "ours_ms": best["ours"] * 1e3,
+        "diffusers_ms": best["diffusers"] * 1e3,
+        "ratio": best["diffusers"] / best["ours"],
+        "apart": apart,
+    }
+    line = "{what}: ours {ours_ms:.1f} ms, diffusers {diffusers_ms:.1f} ms, {ratio:.2f} times as fast "
+    print((line + "(outputs differ by {apart:.0e})").format(**row), flush=True)
+    return row
 
 
 def _forward(model: nn.Module, run: Callable[[Any, Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:

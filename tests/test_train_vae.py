@@ -411,6 +411,7 @@ def test_the_perceptual_loss_goes_where_the_pictures_are(
         ({"clip": 0.0}, "--clip 0.0: expected above 0"),
         ({"size": None}, "--size is missing"),
         ({"loss": LossWeights(0, 0, 0, 1)}, "--loss has no weight for how near"),
+        ({"loss": LossWeights(texture=1.0)}, "--crop 8: texture is measured in squares of at least 16"),
         ({"turned": True}, "--turned is of --loss.halved"),
         ({"loss": LossWeights(0, 0, 0, 0, halved=0.5, elbo=1)}, "--loss.halved is of"),
     ],

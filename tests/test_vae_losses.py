@@ -22,8 +22,10 @@ from vae.losses import (
     gradient_loss,
     kl_loss,
     load_perceptual,
+    local_detail,
     pixel_loss,
     squared_loss,
+    texture_loss,
 )
 
 
@@ -50,6 +52,29 @@ def test_each_term_sees_what_it_is_for():
     assert gradient_loss(picture + checks, picture).min() > 3  # steps of 2 between all neighbours, along both axes
     psnr = -10 * (squared_loss(picture + 0.2, picture) / 4).log10()  # pictures span 2
     assert psnr.tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
+
+
+def test_texture_is_how_strong_detail_is_and_not_where():
+    generator = torch.Generator().manual_seed(0)
+    noise, other = 0.3 * torch.randn(2, 4, 3, 64, 64, generator=generator)
+    grey = torch.full((4, 3, 64, 64), 0.2)
+    # White noise of deviation s differs by sqrt(2) s from its neighbours, and by half of that averaged over 2×2.
+    expected = 0.3 * (2**0.5 + 0.5**0.5) / 2 - 0.01
+    assert texture_loss(grey, grey + noise).tolist() == pytest.approx([expected] * 4, rel=0.05)
+    assert texture_loss(grey + other, grey + noise).max() < 0.2 * expected  # as much, in other places
+    assert pixel_loss(grey + other, grey + noise).min() > 1.3 * pixel_loss(grey, grey + noise).max()
+
+
+@pytest.mark.parametrize(("along", "differ"), [((1, 0), 0), ((0, 1), 1), ((1, 1), 2), ((-1, 1), 3)])
+def test_texture_knows_four_directions(along, differ):
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    stripes = torch.sin(0.7 * (along[0] * y + along[1] * x)).expand(1, 1, 64, 64)
+    rows, columns, diagonal, other = (float(detail.mean()) for detail in list(local_detail(stripes))[:4])
+    strengths = [rows, columns, diagonal, other]
+    assert max(range(4), key=strengths.__getitem__) == differ
+    steps = (along[0], along[1], along[0] + along[1], along[1] - along[0])  # from a pixel to the neighbour, in phase
+    expected = [2**0.5 * abs(math.sin(0.35 * step)) for step in steps]  # RMS of sin(a + step) - sin(a)
+    assert strengths == pytest.approx(expected, abs=0.03)
 
 
 def test_total_is_the_weighted_sum_of_the_terms():

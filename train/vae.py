@@ -121,6 +121,8 @@ class Config:
             raise ValueError("--turned is of --loss.halved, which is 0: give it a weight, 0.25 for instance")
         if self.loss.halved and not any(shown):
             raise ValueError("--loss.halved is of --loss.pixel, .squared and .gradient, which are 0: leave it out")
+        if self.loss.texture and self.crop < 16:
+            raise ValueError(f"--crop {self.crop}: texture is measured in squares of at least 16, or --loss.texture 0")
         if self.loss.adversarial and self.crop < 24:
             raise ValueError(f"--crop {self.crop}: the discriminator needs at least 24 pixels, or --loss.adversarial 0")
 
