@@ -5,7 +5,7 @@ Nothing heavy is imported here: a room is loaded when its command is called.
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +32,8 @@ class Paint:
     """Sampler steps; the model's own by default."""
     guidance: float | None = None
     """Guidance scale, 1 is none; the model's own by default."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest noise level (sigma) at which to guide; the model's own by default, mostly all."""
     negative: str | None = None
     """What to steer away from."""
     sampler: str | None = None
@@ -92,6 +94,7 @@ class Paint:
                 width=width,
                 steps=self.steps,
                 guidance_scale=self.guidance,
+                guidance_interval=self.guidance_interval,
                 negative_prompt=self.negative,
                 num_images_per_prompt=pictures,
                 seed=seed + first,
@@ -314,6 +317,8 @@ class Evaluate:
     """Sampler steps; the model's own by default."""
     guidance: float | None = None
     """Guidance scale; the model's own by default."""
+    guidance_interval: tuple[float, float] | None = None
+    """As of `paint`."""
     sampler: str | None = None
     """As of `paint`."""
     batch: int = 32
@@ -343,11 +348,11 @@ class Evaluate:
             from train.measure import Measuring, measure
             from train.samples import Painting, is_model
 
-            names = ("steps", "guidance", "sampler", "seed", "batch")
-            said = [name for name in names if getattr(self, name) != getattr(Evaluate, name)]
+            how = {field.name: getattr(self, field.name) for field in fields(Painting)}
+            said = [name.replace("_", "-") for name, value in how.items() if value != getattr(Evaluate, name)]
             if said and not is_model(self.model):
                 raise ValueError(f"--{said[0]} is for a model that paints, and {self.model} is a folder of pictures")
-            painting = Painting(self.steps, self.guidance, self.sampler, self.seed, self.batch)
+            painting = Painting(**how)
             same = {name: value for name, value in vars(self).items() if name in Measuring.__dataclass_fields__}
             measure(Measuring(painting=painting, **same))
             return

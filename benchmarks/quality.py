@@ -154,7 +154,7 @@ def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
         for point in points_of(options, pipe, model):
             about |= asdict(point) | {"evaluations": count_evaluations(pipe, point)}
             for seed in options.seeds:
-                painting = Painting(point.steps, point.guidance, point.sampler, seed, options.batch)
+                painting = Painting(point.steps, point.guidance, None, point.sampler, seed, options.batch)
                 known = (model_digest(pipe), repr(pipe.model.defaults), options.reference, options.template)
                 name = digest(*known, repr(painting))
                 how = Measuring(

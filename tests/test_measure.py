@@ -459,9 +459,10 @@ def test_the_command_line(measuring: Measuring, tmp_path: Path, monkeypatch: pyt
     seen: list[Measuring] = []
     monkeypatch.setattr(train.measure, "measure", seen.append)
     words = f"evaluate m --reference r --metrics fid --steps 7 --guidance 2 --sampler euler --seed 5 --out {tmp_path}"
+    words += " --guidance-interval 0.3 6"
     monkeypatch.setattr(sys, "argv", ["atelier", *words.split()])
     atelier.main()
-    painting = Painting(steps=7, guidance=2.0, sampler="euler", seed=5)
+    painting = Painting(steps=7, guidance=2.0, guidance_interval=(0.3, 6.0), sampler="euler", seed=5)
     assert seen == [Measuring("m", "r", "fid", painting=painting, out=Path(os.fspath(tmp_path)))]
     monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", *f"{measuring.reference} --reference r --steps 7".split()])
     with pytest.raises(SystemExit, match=r"--steps is for a model that paints, and .* is a folder of pictures"):

@@ -85,6 +85,21 @@ def test_what_was_painted_with_is_noted(pipe: TextToImagePipeline, tmp_path: Pat
         paint_samples(silent, ["a fox"], tmp_path / "silent", replace(HOW, guidance=3.0), Accelerator(), reference="x")
 
 
+def test_guidance_may_be_for_some_noise_levels(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    levels = {"all": None, "none": (1e6, 1e7), "first": (5.0, 1e9)}  # of two steps: both, none, the first
+    for name, interval in levels.items():
+        how = replace(HOW, guidance=5.0, guidance_interval=interval)
+        paint_samples(pipe, ["a fox"], tmp_path / name, how, Accelerator())
+        assert notes_of(tmp_path / name)["guidance_interval"] == (list(interval) if interval else None)
+    paint_samples(pipe, ["a fox"], tmp_path / "unguided", replace(HOW, guidance=1.0), Accelerator())
+    pictures = {}
+    for name in (*levels, "unguided"):
+        with Image.open(tmp_path / name / "000000.png") as image:
+            pictures[name] = image.tobytes()
+    assert pictures["none"] == pictures["unguided"]
+    assert len({pictures[name] for name in ("all", "first", "unguided")}) == 3
+
+
 def test_bits_are_kept_while_pictures_are_painted(measuring: Measuring, tmp_path: Path, monkeypatch) -> None:
     model = str(silent_model(tmp_path / "model", Identity(3)))
     how = replace(measuring, model=model, metrics="fid,bpd", size=None)

@@ -36,6 +36,7 @@ class Painting:
 
     steps: int | None = None
     guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     sampler: str | None = None
     seed: int = 0  # picture i is painted from the noise of seed · NOISES + i
     batch: int = 32
@@ -110,7 +111,8 @@ def paint_samples(
     notes |= {"steps": how.steps or defaults.steps, "sampler": sampler}
     scale = defaults.guidance_scale if how.guidance is None else how.guidance
     notes["guidance"] = max(1.0, scale) if is_told(pipe) else 1.0
-    notes["guidance_interval"] = list(defaults.guidance_interval) if defaults.guidance_interval else None
+    interval = how.guidance_interval or defaults.guidance_interval
+    notes["guidance_interval"] = list(interval) if interval else None
     notes |= {"loras": pipe.loras or None, "first_noise": first}
     notes |= {"dtype": str(pipe.dtype).removeprefix("torch."), "batch": how.batch}
     notes |= {"prompts": reference if any(prompts) else "", "views": defaults.views}
@@ -123,7 +125,12 @@ def paint_samples(
     for start in tqdm(lacking, desc="painting", unit="batch", disable=not accelerator.is_local_main_process):
         part = list(prompts[start : start + how.batch])
         painted = pipe(
-            part, seed=first + start, steps=how.steps, guidance_scale=how.guidance, sampler=how.sampler
+            part,
+            seed=first + start,
+            steps=how.steps,
+            guidance_scale=how.guidance,
+            guidance_interval=how.guidance_interval,
+            sampler=how.sampler,
         ).images
         for image, file in zip(painted, files[start : start + how.batch], strict=True):
             if not file.is_file():
