@@ -12,7 +12,7 @@ features, the validation error by noise level, what the autoencoder loses, and t
 
 NAME@SEED is a lead with another seed, "base@1" and so on the base: differences that are not larger than theirs say
 nothing (another seed holds out other pictures, too, and leads in other latents have validation errors of another kind).
-What the project has no flag for is changed here. What is finished is kept in --work, and --out grows lead by lead; one
+What the project has no flag for is in twists.py. What is finished is kept in --work, and --out grows lead by lead; one
 that fails is left out, and said in the end. The base keeps earlier checkpoints, for benchmarks/guides.py --weaker.
 """
 
@@ -20,8 +20,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,10 +33,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image
-from torch import Tensor
 
 import train.ldm
 from benchmarks.machine import described, needs
+from benchmarks.twists import aligned, as_it_is, immiscible, power_ema, replaced
 from pipelines import TextToImagePipeline
 from pipelines.files import newest
 from pipelines.find import find_model
@@ -46,7 +45,6 @@ from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge
 from train.extractors import open_extractor
 from train.judge import logits_of
 from train.metrics import Moments, frechet_distance
-from train.objective import Objective, denoising
 from train.pictograms import Row, captions, chosen, objects_of
 from train.pictures import digest
 from train.presets import PRESETS, THREE_LEVELS
@@ -54,9 +52,7 @@ from train.recogniser import Recogniser
 from train.samples import NOISES
 from train.settings import Config
 from train.sources import open_source
-from train.state import EMA
 
-Goal = Callable[..., Objective]
 CLIP = ("text_encoder", "clip")
 PAINTED = 1  # seed of the pairs and noises; those of `atelier evaluate` are 0
 RESULTS = Path(__file__).parent / "results"
@@ -82,110 +78,11 @@ class Options:
     workers: int = 1
 
 
-@contextmanager
-def as_it_is(_: Options) -> Iterator[Goal]:
-    yield denoising
-
-
-@contextmanager
-def replaced(**functions: Any) -> Iterator[None]:
-    """Inside, train/ldm.py calls these."""
-    before = {name: getattr(train.ldm, name) for name in functions}
-    for name, function in functions.items():
-        setattr(train.ldm, name, function)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(train.ldm, name, function)
-
-
-@contextmanager
-def immiscible(_: Options) -> Iterator[Goal]:
-    """The noises of a batch go to the pictures that they are nearest to, as an assignment (arXiv:2406.12303)."""
-    from scipy.optimize import linear_sum_assignment
-
-    draw = train.ldm.draw_batch
-
-    def assigned(*given: Any, **named: Any) -> Any:
-        batch = draw(*given, **named)
-        distances = torch.cdist(batch.x0.flatten(1), batch.noise.flatten(1))
-        batch.noise = batch.noise[torch.from_numpy(linear_sum_assignment(distances.cpu().numpy())[1])]
-        return batch
-
-    with replaced(draw_batch=assigned):
-        yield denoising
-
-
-@contextmanager
-def power_ema(_: Options) -> Iterator[Goal]:
-    """The power-function average (arXiv:2312.02696, equation 1) that is a tenth of the training wide."""
-
-    class PowerEMA(EMA):
-        @torch.no_grad()
-        def step(self, update: int) -> None:
-            decay = (1 - 1 / (update + 1)) ** 7.94
-            torch._foreach_lerp_(self.weights, [p.float() for p in self.source], 1 - decay)
-
-    with replaced(EMA=PowerEMA):
-        yield denoising
-
-
-@contextmanager
-def aligned(options: Options) -> Iterator[Goal]:
-    """The middle of the U-Net shall point where this project's CLIP sees the clean picture, for the first 40% of the
-    updates (after REPA, arXiv:2410.06940; without its projector and its positions: the first channels are taken as they
-    are, and features from the mean of those seen so far, which all pictures share)."""
-    clip = open_extractor(options.clip)
-    known: dict[int, Tensor] = {}  # row -> feature; each picture is decoded and seen once
-    now: dict[str, Any] = {}
-    build, draw = train.ldm.build, train.ldm.draw_batch
-
-    def hooked(*given: Any) -> Any:
-        model = now["model"] = build(*given)
-        model.unet.mid_block.register_forward_hook(lambda _, __, output: now.update(middle=output))  # type: ignore
-        return model
-
-    def noted(config: Config, feed: Any, update: int, first: int, whole: int, *given: Any, **named: Any) -> Any:
-        batch = draw(config, feed, update, first, whole, *given, **named)
-        rows = feed.order(update, first, config.batch_size, whole)[1].tolist()
-        now["wanted"] = None
-        if not feed.rehearses and update < 0.4 * config.updates:
-            if new := [i for i, row in enumerate(rows) if row not in known]:
-                known.update(zip([rows[i] for i in new], features(batch.x0[new]), strict=True))
-            mean = torch.stack(list(known.values())).mean(0)
-            now["wanted"] = F.normalize(torch.stack([known[row] for row in rows]) - mean, dim=1).to(batch.x0)
-        return batch
-
-    @torch.no_grad()
-    def features(latents: Tensor) -> Tensor:
-        vae = now["model"].vae  # which may have been sent off the device
-        pictures = vae.decode(latents.to(next(vae.parameters()))).clamp(-1, 1)
-        pixels = ((pictures.cpu() + 1) * 127.5).round().to(torch.uint8)
-        return F.normalize(clip([picture.permute(1, 2, 0).numpy() for picture in pixels]).float(), dim=1)
-
-    def goal(*given: Any) -> Objective:
-        plain = denoising(*given)
-
-        def loss(*args: Any, **options: Any) -> Tensor:
-            losses, wanted = plain.loss(*args, **options), now.get("wanted")
-            if wanted is None or not torch.is_grad_enabled():
-                return losses
-            width = wanted.shape[1]
-            found = F.normalize(now["middle"].float().mean((2, 3))[:, :width], dim=1)
-            return losses + 0.5 * (1 - (found * wanted).sum(1))
-
-        return plain._replace(loss=loss)
-
-    with replaced(build=hooked, draw_batch=noted):
-        yield goal
-
-
 @dataclass(frozen=True)
 class Lead:
     what: str
     changes: dict[str, Any] = field(default_factory=dict)
-    twist: Callable[[Options], Any] = as_it_is
+    twist: Callable[[str], Any] = as_it_is
 
 
 RECIPE = PRESETS["bundled"]
@@ -298,7 +195,7 @@ def trained(name: str, options: Options) -> dict[str, Any]:
         errors.update(validate(*given))
         return errors
 
-    with recipe_of(name, options).twist(options) as goal:
+    with recipe_of(name, options).twist(options.clip) as goal:
         draw = train.ldm.draw_batch
 
         def timed(*given: Any, **named: Any) -> Any:  # once in the rehearsal, then once an update

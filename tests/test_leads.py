@@ -77,14 +77,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         shown.append(len(pictures))
         return torch.stack([torch.from_numpy(p.astype(np.float32)).mean((0, 1)) for p in pictures])
 
-    monkeypatch.setattr("train.extractors.open_extractor", lambda _: clip)
+    monkeypatch.setattr("benchmarks.twists.open_extractor", lambda _: clip)
     return shown
 
 
 def test_alignment_looks_at_each_picture_once_and_stops(
-    seen: list[int], options: Any, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    seen: list[int], leads: dict[str, Any], model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leads = runpy.run_path(str(ROOT / "benchmarks" / "leads.py"))  # once more, with that CLIP
     model = load_model(model_folder)
     latents = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     feed = SimpleNamespace(rehearses=True, order=lambda update, *_: (None, torch.tensor([[0, 1], [2, 0]][update % 2])))
@@ -96,7 +95,7 @@ def test_alignment_looks_at_each_picture_once_and_stops(
     monkeypatch.setattr(train.ldm, "draw_batch", draw_batch)
     monkeypatch.setattr(train.ldm, "build", lambda *_: model)
     config = replace(Config(), updates=10, batch_size=2)
-    with leads["aligned"](options) as goal:
+    with leads["aligned"]("bundled") as goal:
         train.ldm.build()  # type: ignore[call-arg]
         loss = goal(model, config, None).loss
         context = model.conditioner(["a", "b"])
@@ -113,21 +112,19 @@ def test_alignment_looks_at_each_picture_once_and_stops(
 
 
 @pytest.mark.parametrize("name", ["immiscible", "ema-power"])
-def test_a_change_ends_with_its_block(leads: dict[str, Any], options: Any, name: str) -> None:
+def test_a_change_ends_with_its_block(leads: dict[str, Any], name: str) -> None:
     before = dict(vars(train.ldm))
-    with leads["LEADS"][name].twist(options):
+    with leads["LEADS"][name].twist("bundled"):
         inside = dict(vars(train.ldm))
     assert vars(train.ldm) == before
     assert inside != before
 
 
-def test_immiscible_noise_is_the_batchs_own_and_nearer(
-    leads: dict[str, Any], options: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_immiscible_noise_is_the_batchs_own_and_nearer(leads: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 8, 1, 2, 2, generator=draw)
     monkeypatch.setattr(train.ldm, "draw_batch", lambda: SimpleNamespace(x0=x0, noise=noise))
-    with leads["immiscible"](options):
+    with leads["immiscible"]("bundled"):
         given = train.ldm.draw_batch().noise  # type: ignore[call-arg]
     order = torch.cdist(given.flatten(1), noise.flatten(1)).argmin(1)
     assert sorted(order.tolist()) == list(range(8))
@@ -135,9 +132,9 @@ def test_immiscible_noise_is_the_batchs_own_and_nearer(
     assert (given - x0).flatten(1).norm(dim=1).sum() < (noise - x0).flatten(1).norm(dim=1).sum()
 
 
-def test_the_power_function_average_weighs_updates_by_a_power(leads: dict[str, Any], options: Any) -> None:
+def test_the_power_function_average_weighs_updates_by_a_power(leads: dict[str, Any]) -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
-    with leads["power_ema"](options):
+    with leads["power_ema"]("bundled"):
         ema = train.ldm.EMA([weight], 0.5)
         for update in range(200):
             weight.data.fill_(float(update + 1))

@@ -19,7 +19,8 @@ from tests.training import poison
 from train.data import read_pictures, to_unit
 from train.sources import open_source
 from train.state import checkpoints
-from train.vae import PRESETS, TINY, Config, crops, main, new_autoencoder, normalise_latents, paint_samples, reconstruct
+from train.vae import crops, main, new_autoencoder, normalise_latents, paint_samples, reconstruct
+from train.vae_settings import PRESETS, TINY, Config
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 from vae.losses import LossWeights
 
