@@ -10,9 +10,10 @@ from pipelines import TextToImagePipeline
 from pipelines.adapters import save_lora
 from pipelines.files import load_autoencoder, newest, save_network, write_json
 from pipelines.folder import load_model, save_model
+from pipelines.quantized import dequantize, quantize
 from tests.conftest import tiny_text_encoder
 from tests.test_extractors import CLIP
-from train.bundle import Config, main
+from train.bundle import Config, _same, main
 from train.clip_model import export_text_tower, load_clip, save_clip
 from train.extractors import open_extractor
 
@@ -87,6 +88,19 @@ def test_another_decoder_of_the_same_latents(runs: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="has another encoder than"):
         main(Config(runs / "model", runs / "clip", out=out, vae=run))
     assert (out / "README.md").read_text() == "a card"
+
+
+def test_weights_are_known_again_in_8_bits_and_only_those(runs: Path) -> None:
+    unet = load_model(runs / "model").unet.state_dict()
+    stored = dequantize(quantize(unet))
+    assert _same(stored, unet)
+    assert _same(unet, stored)
+    assert _same(stored, dequantize(quantize(stored)))
+    for name, share in (("conv_in.weight", 0.02), ("conv_in.bias", 0.002)):
+        tuned = unet | {name: unet[name] * (1 + share * torch.randn(unet[name].shape))}  # by hardly more than rounding
+        assert not _same(tuned, unet)
+        assert not _same(stored, tuned)
+    assert not _same({"conv_in.weight": unet["conv_in.weight"]}, unet)
 
 
 def test_a_run_that_is_none_is_named_and_nothing_is_lost(runs: Path, tmp_path: Path) -> None:

@@ -205,6 +205,16 @@ def test_told_to_end_it_saves_and_goes_on(config: Config, tmp_path: Path, monkey
     assert (checkpoints(whole)[-1] / name).read_bytes() == (checkpoints(again)[-1] / name).read_bytes()
 
 
+def test_the_gradient_that_is_logged_is_the_autoencoders(config: Config, tmp_path: Path) -> None:
+    config = replace(config, size=24, crop=24, updates=1)
+    norms = []
+    for weight in (0.0, 1e-9):  # of an adversary that judges, and moves nothing
+        _, numbers = run(replace(config, loss=LossWeights(adversarial=weight)), tmp_path / str(weight))
+        norms += [logged["gradient_norm"] for logged in numbers if "gradient_norm" in logged]
+    assert norms[0] > 0
+    assert norms == pytest.approx([norms[0]] * 2, rel=1e-4)
+
+
 def test_the_adversary_joins_at_its_update(config: Config, tmp_path: Path) -> None:
     config = replace(config, size=24, crop=24)
     plain = LossWeights(adversarial=0.5, adversarial_start=2)

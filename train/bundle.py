@@ -20,7 +20,7 @@ from conditioning.clip import ClipTextEncoder
 from pipelines.files import load_autoencoder, newest, read_json, read_tensors, read_weights
 from pipelines.find import BUNDLED, LORA
 from pipelines.folder import Model, load_model, save_model
-from pipelines.quantized import quantize
+from pipelines.quantized import dequantize, quantize
 from train.clip_model import CONFIG, WEIGHTS, export_text_tower, load_clip
 from vae.autoencoder import Autoencoder
 
@@ -93,7 +93,7 @@ def _check_same(model: Model, config: Config) -> None:
     judge = load_clip(config.clip / "clip")
     theirs = export_text_tower(judge.model, judge.tokenizer).state_dict()
     ours = model.conditioner.state_dict() if isinstance(model.conditioner, ClipTextEncoder) else {}
-    if not all(name in ours and _near(ours[name], weight) for name, weight in theirs.items()):
+    if not _same(theirs, {name: weight for name, weight in ours.items() if name in theirs}):
         raise ValueError(
             f"--clip {config.clip} is another than the one whose text encoder is in {config.model}: give the run of "
             "train/clip.py that the model was trained with"
@@ -126,12 +126,11 @@ def _read_student(model: Model, run: Path) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _same(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> bool:
-    return theirs.keys() == ours.keys() and all(_near(weight, ours[name]) for name, weight in theirs.items())
-
-
-def _near(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same one, either of which may have been in 8 bits."""
-    return a.shape == b.shape and float((a - b).norm()) <= 0.05 * float(b.norm()) + 1e-6
+    """Whether these are the same weights, either of which may have been in 8 bits: in 8 bits both are alike then."""
+    if theirs.keys() != ours.keys():
+        return False
+    a, b = (dequantize(quantize(weights)) for weights in (theirs, ours))
+    return all(a[k].shape == b[k].shape and torch.allclose(a[k], b[k].to(a[k]), rtol=1e-5, atol=1e-7) for k in a)
 
 
 if __name__ == "__main__":
