@@ -71,7 +71,7 @@ class Paint:
         from PIL import Image
 
         ending = self.out.suffix.lower()
-        if ending != ".png" and ending not in Image.registered_extensions():  # known before painting, not after it
+        if Image.registered_extensions().get(ending) not in Image.SAVE:  # known before painting, not after it
             raise ValueError(f"--out {self.out}: {ending} names no format of pictures: expected .png, for instance")
         if self.mask and not self.image:
             raise ValueError(f"--mask {self.mask} says where to paint on a picture: give --image, too")
@@ -162,7 +162,7 @@ def _picture(flag: str, file: Path | None) -> Any:
         picture = Image.open(file)
         picture.load()
         return picture
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{flag} {file} can't be opened as a picture ({error})") from None
 
 
@@ -338,6 +338,10 @@ class Evaluate:
     """The colour emoji font's file, for pictograms."""
 
     def run(self) -> None:
+        from train.samples import Painting
+
+        how = {field.name: getattr(self, field.name) for field in fields(Painting)}
+        painting = Painting(**how)
         if self.reference:
             if self.judge or self.prompts is not None:
                 other = f"--judge {self.judge}" if self.judge else f"--prompts {self.prompts}"
@@ -346,18 +350,16 @@ class Evaluate:
                     "--metrics accuracy has a judge's verdict, and --samples is how many"
                 )
             from train.measure import Measuring, measure
-            from train.samples import Painting, is_model
+            from train.samples import is_model
 
-            how = {field.name: getattr(self, field.name) for field in fields(Painting)}
-            said = [name.replace("_", "-") for name, value in how.items() if value != getattr(Evaluate, name)]
+            said = [name.replace("_", "-") for name in how if getattr(self, name) != getattr(Evaluate, name)]
             if said and not is_model(self.model):
                 raise ValueError(f"--{said[0]} is for a model that paints, and {self.model} is a folder of pictures")
-            painting = Painting(**how)
             same = {name: value for name, value in vars(self).items() if name in Measuring.__dataclass_fields__}
             measure(Measuring(painting=painting, **same))
             return
         given = {name for name, value in vars(self).items() if value != getattr(Evaluate, name)}
-        used = {"model", "out", "prompts", "judge", "seed", "batch", "lora", "lora_weight"}
+        used = {"model", "out", "prompts", "judge", "lora", "lora_weight", *how}
         classes = False
         if self.judge:
             from train.judge import answers_of, evaluate_classes, open_judge
@@ -368,7 +370,7 @@ class Evaluate:
             why = "a comparison with a reference: give --reference, too"
             why = "models of pictograms: leave it out" if stray <= {"cache", "font"} else why
             raise ValueError(f"--{min(stray).replace('_', '-')} is for {why}")
-        asked: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "batch", "lora", "lora_weight")}
+        asked: dict[str, Any] = {"painting": painting, "lora": self.lora, "lora_weight": self.lora_weight}
         asked["prompts"] = 100 if self.prompts is None else self.prompts
         if self.judge and classes:
             evaluate_classes(self.model, self.judge, self.out, template=self.template, **asked)
@@ -425,10 +427,12 @@ def main() -> None:
         arguments = ["paint", *arguments]  # anything else is a prompt
     if arguments[:1] == ["data"] and arguments[1:2] and arguments[1] not in ("show", "check", "cache", "-h", "--help"):
         arguments.insert(1, "show")
+    from train.config import gathered
+
     command = tyro.cli(
         Command,
         prog="atelier",
-        args=arguments,
+        args=gathered(arguments, Paint, Web, Evaluate),
         config=(tyro.conf.OmitArgPrefixes,),
         description='Paints from a sentence: atelier "an oil painting of a fox" --out fox.png',
     )

@@ -143,6 +143,8 @@ def main(options: Options) -> None:
 
     settings = {"judge": extractor.digest, "drawings": len(rows), "levels": options.levels, "machine": described()}
     settings |= {"detail_of_drawings": by_style(detail(pictures), rows)}
+    fresh = torch.from_numpy(np.stack([np.array(one) for one in drawn_afresh(every, size, None)]))
+    settings |= {"detail_of_drawings_asked_for": by_style(detail(to_unit(fresh)), every)}  # beside that of samples
     write_aside(options.out, {"settings": settings, "decoders": found})
     tiles = [tile for line in zip(*columns, strict=True) for tile in line]
     grid(tiles, columns=len(columns)).save(options.out.with_suffix(".png"))

@@ -27,7 +27,7 @@ PREFIX = "text_model."  # what transformers 4 wrote before every name, and diffu
 
 # Keys of config.json that change nothing in what the tower computes: origin, storage, initialisation, another head.
 INERT = {"_name_or_path", "architectures", "model_type", "dtype", "torch_dtype", "transformers_version"}
-INERT |= {"initializer_factor", "initializer_range"}
+INERT |= {"initializer_factor", "initializer_range", "_attn_implementation_autoset"}
 PROJECTED = "CLIPTextModelWithProjection"  # whose config.json means its projection_dim
 
 

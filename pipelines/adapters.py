@@ -24,13 +24,12 @@ from conditioning.pair import ClipTextPair
 from ldm.unet import UNet
 from pipelines.files import read_json, read_tensors
 from pipelines.find import LORA as NAME
-from pipelines.find import find_file
+from pipelines.find import PEFT, PEFT_CONFIG, find_file
 from pipelines.folder import Defaults, Model
 from pipelines.original import diffusers_name
 
 PAINTING = "painting"  # entry of the notes: some of CALLED, and "scheduler", changes of its config
 CALLED = ("steps", "guidance_scale", "guidance_interval", "sampler")  # of a model's defaults
-PEFT_NAME = "adapter_model.safetensors"
 NOTES = "lora_adapter_metadata"  # diffusers' entry in the header: peft's settings, each with its part before it
 
 # PATH.lora_A.weight (peft), PATH.lora.down.weight, PATH.to_q_lora.down.weight, PATH.lora_linear_layer.down.weight
@@ -78,7 +77,7 @@ class Loras:
 
     def load(self, where: str | Path, weight: float = 1.0) -> None:
         """Merges a file (`read_lora`); one that is loaded already is read again and gets the new weight."""
-        file = find_file(where, (NAME, PEFT_NAME))
+        file = find_file(where, (NAME, PEFT))
         factors = read_lora(file, self.model)
         self._set(str(where), weight)
         self._factors[str(where)] = factors
@@ -163,7 +162,7 @@ def read_lora(where: str | Path, model: Model) -> dict[str, Factors]:
     where: as in `pipelines.find.find_file`: a .safetensors file, a folder or a hub id.
     Raises ValueError when there is none, when it holds something else, or when any of it fits no layer of the model.
     """
-    file = find_file(where, (NAME, PEFT_NAME))
+    file = find_file(where, (NAME, PEFT))
     tensors, header = read_tensors(file)
     if other := next((kind for key in tensors for mark, kind in OTHER_KINDS.items() if mark in key), None):
         raise ValueError(f"{file} holds {other}, which is not implemented: only LoRA, W + B A, is")
@@ -177,7 +176,7 @@ def read_lora(where: str | Path, model: Model) -> dict[str, Factors]:
     alphas = {key.removesuffix(".alpha"): float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     if not pairs:
         raise ValueError(f"{file} holds no LoRA: expected keys such as unet.….lora_A.weight, got {_some(tensors)}")
-    notes = _notes(file, header)
+    notes = _notes(file, header, alphas)
     layers = layers_of(model)
     names = {name.replace(".", "_"): name for name in layers}
     factors: dict[str, Factors] = {}
@@ -267,12 +266,16 @@ def _candidates(stem: str, model: Model) -> Iterator[str]:
         yield re.sub("_to_(q|k|v|out)$", r"_\1_proj", full)
 
 
-def _notes(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
+def _notes(file: Path, header: Mapping[str, str], alphas: Mapping[str, float]) -> dict[str, Any]:
     """peft's settings of a file: in its header, or in the file that peft writes beside its own."""
     if NOTES in header:
         return json.loads(header[NOTES])
-    if file.name == PEFT_NAME and (file.parent / "adapter_config.json").is_file():
-        return read_json(file.parent / "adapter_config.json")
+    if file.name == PEFT and (file.parent / PEFT_CONFIG).is_file():
+        return read_json(file.parent / PEFT_CONFIG)
+    if file.name == PEFT and not alphas:
+        raise ValueError(
+            f"{file} is of peft, and {PEFT_CONFIG}, which peft writes beside it, is missing: its strength is there"
+        )
     return {}
 
 

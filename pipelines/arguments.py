@@ -40,6 +40,8 @@ def negative_list(negative: Any, pictures: int, per_prompt: int) -> list[str]:
     if negative is None or isinstance(negative, str):
         return [negative or ""] * pictures
     negatives = [n for n in prompt_list(negative, "negative_prompt") for _ in range(per_prompt)]
+    if len(negative) == 1:
+        return list(negative) * pictures
     if len(negatives) != pictures:
         raise ValueError(f"{len(negative)} negative prompts for {pictures // per_prompt} prompts: give one, or as many")
     return negatives
@@ -106,8 +108,8 @@ def starting_noise(
         raise ValueError("seed and generator both say where noise comes from: give one")
     if latents is not None and tuple(latents.shape) != shape:
         raise ValueError(f"latents should be of shape {shape}, got {tuple(latents.shape)}")
-    given = [generator] if isinstance(generator, torch.Generator) or generator is None else generator
-    if not isinstance(given, list | tuple) or not all(isinstance(one, torch.Generator | None) for one in given):
+    given = [] if generator is None else [generator] if isinstance(generator, torch.Generator) else generator
+    if not isinstance(given, list | tuple) or not all(isinstance(one, torch.Generator) for one in given):
         raise ValueError(f"generator={generator!r}: expected a torch.Generator, or a list of one for each picture")
     seeds = None
     if isinstance(generator, torch.Generator):

@@ -8,6 +8,7 @@ from pipelines.files import newest
 BUNDLED = Path(__file__).parent / "bundled"
 STUDENT = "bundled-student"  # the name of the LoRA in it that paints in few steps
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"  # diffusers' names
+PEFT, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names; the second has the strength
 
 
 def find_model(where: str | Path | None, *, revision: str | None = None, variant: str | None = None) -> Path:
@@ -45,6 +46,7 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
         "*/*.json",
         "tokenizer*/*.txt",
         *(f"{part}/{weights}" for part in ("unet", "vae", "text_encoder", "text_encoder_2")),
+        *(f"{part}/*.safetensors" for part in ("semantic_encoder", "codes")),  # which have no variants
     ]
     try:
         folder = snapshot_download(
@@ -66,7 +68,8 @@ def find_file(where: str | Path, names: Sequence[str]) -> Path:
     Args:
         where: the file; or a folder that has one of `names` or one such file only (a training run's folder stands for
             its newest checkpoint); or "bundled-student", beside the bundled model; or owner/name of the Hugging Face
-            hub, which has the first of `names`; or owner/name/file.safetensors there. Nothing but that file is fetched.
+            hub, which has the first of `names`; or owner/name/file.safetensors there. Nothing but that file is fetched,
+            and what peft writes beside its own.
 
     Raises:
         ValueError: there is none, or it is pickled.
@@ -99,6 +102,8 @@ def _fetch(hub_id: str, file: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if file.rpartition("/")[2] == PEFT:
+            hf_hub_download(hub_id, file.removesuffix(PEFT) + PEFT_CONFIG)
         return Path(hf_hub_download(hub_id, file))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(

@@ -195,6 +195,12 @@ def schedule_from(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
         return RectifiedFlow(), config["prediction"]
     if config.get("path") == "edm":
         return EDM(config["sigma_data"]), config["prediction"]
+    name = config.get("_class_name", "")
+    if name.startswith(("FlowMatch", "EDM")):  # whose levels are of no beta table
+        raise ValueError(
+            f"the scheduler {name} is not implemented: expected one over a table of betas, such as DDIMScheduler "
+            "(flows and EDM are opened from this project's own training runs)"
+        )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type={prediction!r} is not implemented: {', '.join(PREDICTION_TYPES)} are")

@@ -40,14 +40,19 @@ def image_batch(
 
 def rgb(image: Image.Image) -> Image.Image:
     """RGB, turned as its EXIF data says, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = eight_bits(ImageOps.exif_transpose(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
     return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits in 8, which Pillow would clip at 255; others as they are."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def trained_sides(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise, per_picture
 from pipelines.folder import Model
-from pipelines.image import image_batch
+from pipelines.image import eight_bits, image_batch
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ def begin(
         known, unit = (posterior.sample(unit), draw(unit)) if draw else (posterior.mode, unit)
     if image is not None and mask is not None:
         small = F.interpolate(mask, size=unit.shape[2:]).to(unit.device)  # of the pixel at each one's corner
+        if lost := [i for i, one in enumerate(mask) if one.any() and not small[i].any()]:
+            raise ValueError(
+                f"mask: what is white of number {lost[0]} is thinner than a latent, {model.vae.downscale} pixels, and "
+                "nothing would be painted: make it larger"
+            )
         third = draw(unit) if draw else None  # diffusers draws it for any model: the sampler's draws come after it
         if model.inpaints:
             posterior = model.vae.encode((image * (mask < 0.5)).to(unit.device, dtype))
@@ -134,7 +139,7 @@ def keep_known(denoise: Denoise, known: Tensor, noise: Tensor, mask: Tensor, beg
 def _grey(mask: Any) -> Any:
     """A mask as `image_batch` takes pictures."""
     if isinstance(mask, Image.Image):
-        return ImageOps.exif_transpose(mask).convert("L")
+        return eight_bits(ImageOps.exif_transpose(mask)).convert("L")
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(mask)
         mask = mask.movedim(-1, -3) if mask.ndim > 2 and mask.shape[-1] in (1, 3) else mask

@@ -87,9 +87,9 @@ class OpenedModel:
     def dtype(self) -> torch.dtype:
         return next(self.model.unet.parameters()).dtype
 
-    def to(self, device: str | torch.device | torch.dtype, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Moves the networks to a device, or to a data type, or both; returns the pipeline."""
-        target = self.device if isinstance(device, torch.dtype) else usable_device(device)
+        target = self.device if device is None or isinstance(device, torch.dtype) else usable_device(device)
         dtype = device if isinstance(device, torch.dtype) else dtype
         for part in self.model.parts():
             part.to(target, self.model.vae_dtype(dtype) if part is self.model.vae else dtype)
@@ -151,7 +151,7 @@ class OpenedModel:
         self._embeddings += tokens
         return tokens
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
         """Writes a diffusers folder, which `StableDiffusionPipeline.from_pretrained` (`StableDiffusionXLPipeline` for
         SDXL's kind) opens and paints the same from.
 
@@ -163,4 +163,4 @@ class OpenedModel:
         folder = Path(folder).expanduser()
         if reason := for_atelier_alone(self.model):
             raise ValueError(f"this model can't be saved for diffusers: {reason}; training runs keep it as it is")
-        save_model(self.model, folder, dtype)
+        save_model(self.model, folder, torch.int8 if dtype in (torch.int8, "int8") else data_type(dtype))

@@ -223,7 +223,7 @@ class TextToImagePipeline(OpenedModel):
             if image is not None:
                 settings |= {"strength": strength, "mask": mask is not None}
             if self.loras or self._embeddings:
-                settings |= {"loras": self.loras, "embeddings": self._embeddings}
+                settings |= {"loras": self.loras, "embeddings": list(self._embeddings)}
             if classifier is not None:
                 named = {} if isinstance(classifier, NoisyClassifier) else {"classifier": str(classifier)}
                 settings |= named | {"classifier_scale": classifier_scale}
@@ -238,6 +238,10 @@ class TextToImagePipeline(OpenedModel):
         Raises ValueError for a call without guidance that `asked` for a part of it.
         """
         model, defaults = self.model, self.model.defaults
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"guidance_scale={scale}: expected a number, 1 for no guidance")
+        if interval is not None and len(interval) != 2:
+            raise ValueError(f"guidance_interval={interval}: expected two noise levels, (low, high)")
         scale = max(1.0, defaults.guidance_scale if scale is None else scale)
         if isinstance(model.conditioner, Unconditional):
             scale = 1.0  # there is nothing to guide away from

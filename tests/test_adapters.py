@@ -1,5 +1,6 @@
 """LoRA files against diffusers and peft: the same picture, the same weights back, and nothing that fits nothing."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ def test_what_peft_writes(tmp_path: Path, pipe: TextToImagePipeline, stabilised:
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(base, config)
     wrapped.save_pretrained(tmp_path)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "alone")
+    with pytest.raises(ValueError, match="adapter_config.json, which peft writes beside it, is missing"):
+        pipe.load_lora(tmp_path / "alone")  # at the strength of 1 that it does not have
     pipe.load_lora(tmp_path)
     merged = wrapped.merge_and_unload()
     changed = 0

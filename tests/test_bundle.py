@@ -96,6 +96,9 @@ def test_weights_are_known_again_in_8_bits_and_only_those(runs: Path) -> None:
     assert _same(stored, unet)
     assert _same(unet, stored)
     assert _same(stored, dequantize(quantize(stored)))
+    halves = {name: weight.half().float() for name, weight in unet.items()}  # as a bundle has its text encoder
+    assert _same(halves, unet)
+    assert _same(dequantize(quantize(halves)), unet)
     for name, share in (("conv_in.weight", 0.02), ("conv_in.bias", 0.002)):
         tuned = unet | {name: unet[name] * (1 + share * torch.randn(unet[name].shape))}  # by hardly more than rounding
         assert not _same(tuned, unet)

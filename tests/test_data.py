@@ -141,6 +141,8 @@ def test_all_kinds_of_files_are_found(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4), "blue").save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(name)
     (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / ".thumbnails").mkdir()
+    Image.new("RGB", (4, 4), "red").save(tmp_path / ".thumbnails" / "a.png")
     (tmp_path / "notes.md").write_text("no picture")
     source = open_source(str(tmp_path), 4)
     assert [c for (c,) in said(source)] == ["a.PNG", "b.jpg", "c.webp", "d.bmp", "e.gif", "f.tiff"]

@@ -126,7 +126,7 @@ def drawing_model(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 
 def test_the_figures_are_those_of_the_pictures(drawing_model: tuple[str, ...], tmp_path: Path) -> None:
     """Of drawings all are right but the one that shows another object."""
-    found = evaluate("drawings", tmp_path, prompts=16, seed=3)
+    found = evaluate("drawings", tmp_path, prompts=16, painting=Painting(seed=3))
     assert found["objects"] == len(drawing_model)
     for split, count in (("train", 16), ("held_out", 8)):
         assert found[split]["right"] == 1 - 1 / count
@@ -142,7 +142,7 @@ def test_the_figures_are_those_of_the_pictures(drawing_model: tuple[str, ...], t
     assert db["all"] == pytest.approx(40, abs=0.01)  # 20 log 2 / 0.02
     assert db["standard_error"] == pytest.approx(0, abs=0.01)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == found
-    evaluate("drawings", tmp_path, prompts=16, seed=4)
+    evaluate("drawings", tmp_path, prompts=16, painting=Painting(seed=4))
     assert json.loads((tmp_path / "evaluation.json").read_text())["earlier"] == [found]
 
 
@@ -211,12 +211,12 @@ def test_the_command_goes_by_what_the_judge_knows(judge: Path, tmp_path: Path, m
     classes = tmp_path / "classes"
     save_network(Recogniser(RecogniserConfig(tasks=(("class", ("a", "b")),))), classes)
     for words in ([], ["--judge", str(judge)], ["--judge", str(classes)]):
-        monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", "bundled", "--prompts", "7", *words])
+        monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", "bundled", "--prompts", "7", "--steps", "6", *words])
         atelier.main()
     monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", "bundled", "--judge", str(classes), "--cache", "there"])
     with pytest.raises(SystemExit, match="--cache is for models of pictograms: leave it out"):
         atelier.main()
-    out, common = Path("evaluation"), {"prompts": 7, "seed": 0, "batch": 32, "lora": (), "lora_weight": (1.0,)}
+    out, common = Path("evaluation"), {"prompts": 7, "painting": Painting(steps=6), "lora": (), "lora_weight": (1.0,)}
     of_pictograms = common | {"font": None, "cache": Path("cache")}
     assert seen == [
         (("bundled", out), of_pictograms | {"judge": None}),

@@ -156,6 +156,8 @@ def test_masks_of_all_types(mask: Image.Image) -> None:
     for one in given:
         assert mask_batch(one, 1, 1, 32, 48).equal(wanted)
     assert mask_batch([mask, numbers], 4, 2, 32, 48).equal(wanted.expand(4, 1, 32, 48))
+    deep = Image.fromarray((numbers * 65535).astype(np.uint16))
+    assert mask_batch(deep, 1, 1, 32, 48).equal(wanted)
     half = mask_batch(mask, 1, 1, 16, 24)
     assert half.shape == (1, 1, 16, 24)
     assert half.unique().tolist() == [0, 1]
@@ -179,6 +181,8 @@ def test_concatenated_channels_are_the_equations(folders: dict[int, Path]) -> No
 
 def test_bad_calls_say_what_to_do(folders: dict[int, Path], picture: Image.Image, mask: Image.Image) -> None:
     pipes = {channels: opened(folder) for channels, folder in folders.items()}
+    thin = torch.zeros(32, 48)
+    thin[:, 9:11] = 1
     bad: list[tuple[int, dict[str, Any], str]] = [
         (9, {}, "this is an inpainting model: give image= and mask="),
         (9, {"image": picture}, "give image= and mask="),
@@ -186,6 +190,7 @@ def test_bad_calls_say_what_to_do(folders: dict[int, Path], picture: Image.Image
         (4, {"mask": mask}, "give image=, too"),
         (4, {"image": picture, "mask": "mask.png"}, "mask, white where to paint: got str"),
         (4, {"image": picture, "mask": [mask] * 3}, "mask, white where to paint: got 3 pictures for 1 prompts"),
+        (4, {"image": picture, "mask": thin}, "mask: what is white of number 0 is thinner than a latent, 4 pixels"),
         (4, {"image": picture, "mask": torch.full((32, 48), 2.0)}, r"mask, .* in \[0, 1\]"),
         (4, {"image": picture, "mask": torch.zeros(2, 2, 2, 2, 2)}, r"mask, .* got \(2, 2, 2, 2, 2\)"),
     ]

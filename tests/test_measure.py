@@ -467,7 +467,7 @@ def test_the_command_line(measuring: Measuring, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", *f"{measuring.reference} --reference r --steps 7".split()])
     with pytest.raises(SystemExit, match=r"--steps is for a model that paints, and .* is a folder of pictures"):
         atelier.main()
-    for stray in ("--steps 7", "--training x", "--metrics bpd"):
+    for stray in ("--size 7", "--training x", "--metrics bpd"):
         monkeypatch.setattr(sys, "argv", ["atelier", "evaluate", *stray.split()])
         with pytest.raises(SystemExit, match=rf"^error: {stray.split()[0]} is for a comparison with a reference"):
             atelier.main()

@@ -70,13 +70,14 @@ def test_every_flag_reaches_the_pipeline(tmp_path: Path, model_folder: Path, mon
     words = ["a fox", "--model", model_folder, "--device", "cpu", "--out", tmp_path / "out.png", "--seed", 5]
     words += ["--steps", 7, "--guidance", 2.5, "--negative", "blue", "--sampler", "ddim", "--height", 20, "--width", 24]
     words += ["--classifier", "runs/judge", "--classifier-scale", 3.5, "--strength", 0.4]
+    words += ["--guidance-interval", 0.3, 6]
     call(monkeypatch, *words, "--image", picture, "--mask", mask)
     (given,) = calls
     assert given.pop("image").size == given.pop("mask").size == (16, 16)
     numbers = {"steps": 7, "guidance_scale": 2.5, "height": 20, "width": 24, "classifier_scale": 3.5, "strength": 0.4}
     numbers |= {"seed": 5, "num_images_per_prompt": 1}
     said = {"prompt": "a fox", "negative_prompt": "blue", "sampler": "ddim", "classifier": Path("runs/judge")}
-    assert given == numbers | said
+    assert given == numbers | said | {"guidance_interval": (0.3, 6.0)}
 
 
 def test_one_weight_for_all(tmp_path: Path, model_folder: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +86,9 @@ def test_one_weight_for_all(tmp_path: Path, model_folder: Path, lora: Path, monk
     call(monkeypatch, *words, files[0])
     call(monkeypatch, *words, files[1], "--lora", lora, lora.parent, "--lora-weight", 0)
     call(monkeypatch, *words, files[2], "--lora", lora, lora.parent)
+    again = tmp_path / "again.png"
+    call(monkeypatch, *words, again, "--lora", lora, "--device", "cpu", f"--lora={lora.parent}")
+    assert (pixels(again) == pixels(files[2])).all()
     assert (pixels(files[0]) == pixels(files[1])).all()
     assert (pixels(files[0]) != pixels(files[2])).any()
     with Image.open(files[0]) as written:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 from pipelines import TextToImagePipeline
@@ -38,6 +39,17 @@ def test_seed_gives_the_same_picture_alone_and_in_a_batch(pipe: TextToImagePipel
     alone = pipe(PROMPTS[1], seed=8, sampler="ddpm", output_type="np")
     assert np.allclose(batch.images[1], alone.images[0], atol=1e-4)
     assert not np.allclose(batch.images[0], alone.images[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("negatives", [None, ["blue", "a green square " * 30]])
+def test_a_long_prompt_changes_no_picture_beside_it(pipe: TextToImagePipeline, negatives: list[str] | None) -> None:
+    prompts = ["a fox", "a red circle on a blue background " * 8]
+    call = {"steps": 2, "output_type": "pt", "guidance_scale": 4.0}
+    both = pipe(prompts, seed=5, negative_prompt=negatives, **call).images
+    for i, prompt in enumerate(prompts):
+        negative = negatives[i] if negatives else None
+        alone = pipe(prompt, seed=5 + i, negative_prompt=negative, **call).images
+        torch.testing.assert_close(both[i], alone[0], atol=1e-4, rtol=1e-4)
 
 
 def test_output_types_and_counts(pipe: TextToImagePipeline) -> None:
@@ -91,6 +103,8 @@ def test_a_list_of_negative_prompts_is_one_for_each_prompt(pipe: TextToImagePipe
     for i, (prompt, negative) in enumerate(zip(PROMPTS, ("a fox", "blue"), strict=True)):
         alone = pipe(prompt, negative_prompt=negative, seed=5 + 2 * i, **call).images
         torch.testing.assert_close(group[2 * i], alone[0], atol=1e-4, rtol=1e-4)
+    one = pipe(PROMPTS, negative_prompt=["a fox"], num_images_per_prompt=2, seed=5, **call).images
+    assert one.equal(pipe(PROMPTS, negative_prompt="a fox", num_images_per_prompt=2, seed=5, **call).images)
 
 
 def test_eta_reaches_ddim(pipe: TextToImagePipeline) -> None:
@@ -184,6 +198,9 @@ def test_guidance_on_a_model_trained_without_dropout_warns(model_folder: Path) -
         ({"seed": 2**64}, "expected a number that has 64 bits"),
         ({"generator": 0}, "generator=0: expected a torch.Generator, or a list"),
         ({"generator": [1]}, r"generator=\[1\]: expected"),
+        ({"generator": [None]}, r"generator=\[None\]: expected"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan: expected a number"),
+        ({"guidance_interval": (1.0,)}, r"guidance_interval=\(1.0,\): expected two noise levels"),
         ({"negative_prompt": ["a", "b"]}, "negative"),
         ({"spacing": "odd"}, "spacing"),
         ({"strength": 0.5}, "none was given"),
@@ -230,12 +247,18 @@ def test_pictures_are_painted_as_many_at_a_time_as_fit() -> None:
         list(as_many_as_fit(8, 8, never))
 
 
-def test_data_types_go_by_their_names(model_folder: Path) -> None:
+def test_data_types_go_by_their_names(model_folder: Path, tmp_path: Path) -> None:
     opened = TextToImagePipeline.from_pretrained(model_folder, device="cpu", dtype="float16")
     assert opened.dtype == torch.float16
     for name in ("half a byte", "int8", torch.int8):
         with pytest.raises(ValueError, match="expected float32, bfloat16 or float16"):
             TextToImagePipeline.from_pretrained(model_folder, device="cpu", dtype=name)
+    with pytest.raises(ValueError, match="expected float32, bfloat16 or float16"):
+        opened.save_pretrained(tmp_path / "saved", dtype="half a byte")
+    assert not (tmp_path / "saved").exists()
+    opened.to(dtype=torch.float32).save_pretrained(tmp_path / "saved", dtype="bfloat16")
+    weights = load_file(tmp_path / "saved" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
 def test_latents_have_no_seed_to_paint_from_again(pipe: TextToImagePipeline) -> None:

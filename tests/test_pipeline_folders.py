@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from conditioning.open_clip import OpenClipEncoder
 from ldm.schedule import Grid, VariancePreserving
 from pipelines import TextToImagePipeline
-from pipelines.folder import load_model, save_model
+from pipelines.folder import load_model, save_model, schedule_from
 from pipelines.scheduler import grid_of, sampler_options
 from tests.conftest import tiny_model
 
@@ -218,6 +218,18 @@ def test_bad_folders_say_what_to_do(tmp_path: Path, model_folder: Path) -> None:
         TextToImagePipeline.from_pretrained(broken)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"},
+    ],
+)
+def test_levels_of_no_beta_table_are_refused(config: dict) -> None:
+    with pytest.raises(ValueError, match=f"the scheduler {config['_class_name']} is not implemented"):
+        schedule_from(config)
+
+
 def test_half_precision_folder_opens_in_diffusers(tmp_path: Path, model_folder: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     TextToImagePipeline.from_pretrained(model_folder, device="cpu").save_pretrained(tmp_path, dtype=torch.float16)
@@ -283,6 +295,8 @@ def test_the_hub_gives_only_what_is_read(
     stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     endings = (".bin", ".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".non_ema.fp16.safetensors")
     files = [f"{part}/{stem}{ending}" for part, stem in stems.items() for ending in endings]
+    codes = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("semantic_encoder", "codes")]  # no variants
+    files += codes
     fetched: list[str] = []
 
     def snapshot_download(hub_id: str, revision: str | None, allow_patterns: list, ignore_patterns: list) -> str:
@@ -293,7 +307,8 @@ def test_the_hub_gives_only_what_is_read(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     pipe = TextToImagePipeline.from_pretrained("owner/name", variant=variant, revision="main", device="cpu")
     ending = f".{variant}.safetensors" if variant else ".safetensors"
-    assert sorted(fetched) == sorted(["model_index.json", *(f"{part}/{stem}{ending}" for part, stem in stems.items())])
+    wanted = [f"{part}/{stem}{ending}" for part, stem in stems.items()]
+    assert sorted(fetched) == sorted(["model_index.json", *codes, *wanted])
     assert pipe.source == "owner/name@main"
 
 

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.usefixtures("in_process")
 class Alike:
     """A set whose every posterior is N(3, 1/4)."""
 
+    count = 10
+
     def take(self, update: int, first: int, size: int, global_batch: int) -> Taken:
         mean = torch.full((size, 64, 16, 16), 3.0)
         none = torch.zeros(size, 6, dtype=torch.int64)
@@ -80,6 +82,15 @@ def test_draws_are_the_same_numbers_in_every_version() -> None:
     first, second = found.normal[0, 0].flatten(), found.normal[1, 1].flatten()
     assert first.tolist() == pytest.approx([-0.126582, -1.135015, -0.618342, 0.255052], abs=2e-6)
     assert second.tolist() == pytest.approx([-1.035407, 0.263426, -0.674700, 1.463384], abs=2e-6)
+
+
+def test_positions_of_a_stream_see_all_noise_levels() -> None:
+    """Where each position holds pictures of one file for ever."""
+    seen = torch.stack([chances(0, update, 0, 4, 4, (1,), mixed=True).u for update in range(200)])
+    assert (4 * seen).floor().sort(1).values.equal(torch.arange(4.0).expand(200, 4))  # still a share each
+    assert (4 * seen).floor().mean(0).tolist() == pytest.approx([1.5] * 4, abs=0.3)
+    parts = torch.cat([chances(0, 7, first, 2, 4, (1,), mixed=True).u for first in (0, 2)])  # of two processes
+    assert parts.equal(seen[7])
 
 
 # --- What an inpainting model is shown --------------------------------------------------------------------------------

@@ -229,17 +229,19 @@ def test_what_is_unusable_is_named_and_counted(
     members = []
     for i in range(100):
         members += [(f"{i:05d}.png", numbered(i) if i != 33 else b"broken")]
-        members += [(f"{i:05d}.txt", f"number {i}".encode() if i != 44 else b"")]
+        members += [(f"{i:05d}.txt", {44: b"", 55: b"\xff\xfe"}.get(i, f"number {i}".encode()))]
+        members += [(f"{i:05d}.json", b"{")] if i == 66 else []
     write_tar(tmp_path / "a.tar", *members)
     fed = feed(tmp_path)
     seen = {n for update in range(24) for n in numbers(fed.take(update, 0, 8, 8))}
-    assert not seen & {33, 44}
+    assert not seen & {33, 44, 55, 66}
     out = capsys.readouterr().out
     assert f"left out {tmp_path / 'a.tar'}: 00033: no picture in a format that Pillow knows" in out
     assert f"left out {tmp_path / 'a.tar'}: 00044: no caption" in out
+    assert all(f"{tmp_path / 'a.tar'}: 000{i}: no caption" in out for i in (55, 66))
     monkeypatch.setattr(train.streams, "JUDGED", 50)
     monkeypatch.setattr(train.data, "MAX_UNUSABLE", 0.005)
-    with pytest.raises(ValueError, match=r"pictures cannot be used .* for instance .*a.tar: 000(33|44)"):
+    with pytest.raises(ValueError, match=r"pictures cannot be used .* for instance .*a.tar: 000(33|44|55|66)"):
         [fed.take(update, 0, 8, 8) for update in range(24, 60)]
 
 

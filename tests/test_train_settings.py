@@ -16,7 +16,7 @@ from tests.training import COLOURS, UNET
 from train.build import fitted, new_unet
 from train.config import parse
 from train.ldm import main
-from train.presets import PRESETS, check_model_settings, preset_for
+from train.presets import PRESETS, check_model_settings, preset_for, presets_for
 from train.settings import SMALL, Config, settled
 from train.sources import first_captions, open_source
 from train.state import checkpoints
@@ -71,7 +71,7 @@ def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
         ({"data": "nowhere"}, "--data 'nowhere' does not exist"),
         ({"model": "nowhere/at/all", "unet": SMALL, "vae": "bundled", "text_encoder": "bundled"}, "not a model folder"),
         ({"model": "MODEL", "zero_snr": True}, "its own --unet, --vae, --text-encoder, --zero-snr: train a new one"),
-        ({"noise": "uniform", "noise_mean": 0.0}, "uniform training noise has no mean"),
+        ({"noise": "uniform", "noise_mean": 0.0}, "--noise uniform has no mean and no deviation"),
         ({"vae": "nowhere"}, "nowhere.*missing"),
         ({"text_encoder": "nowhere"}, "nowhere is not a model folder"),
         ({"size": 18, "vae": "MODEL"}, "--size 18: expected a multiple of 4"),
@@ -172,3 +172,19 @@ def test_the_labels_of_joined_sets_are_those_of_each(pictures: Path, tmp_path: P
     (tmp_path / "shapes" / "two.txt").write_text("a line")
     joined = first_captions(open_source(f"{pictures}+{tmp_path / 'shapes'}", 8))
     assert joined == {f"a {colour} square" for colour in COLOURS} | {"a dot", "a line"}
+
+
+def test_another_kind_of_noise_brings_its_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not those of a preset that has another kind, which nobody gave."""
+    mean, std = PRESETS["new"].noise_mean, PRESETS["new"].noise_std
+    for words, numbers in {
+        "": (mean, std),
+        "--noise log_normal": (mean, std),
+        "--noise-std 2": (mean, 2.0),
+        "--noise uniform": (None, None),
+        "--noise=logit_normal --noise-std 2": (None, 2.0),
+    }.items():
+        arguments = ["ldm.py", "--data", "x", *words.split()]
+        monkeypatch.setattr(sys, "argv", arguments)
+        config = parse(Config, presets_for(arguments), default=preset_for(arguments))
+        assert (config.noise_mean, config.noise_std) == numbers

@@ -298,6 +298,8 @@ def test_fine_tuning_takes_the_size_of_what_it_begins_with(
     output, _ = run(replace(tuned, crop=8, updates=1, batch_size=2), tmp_path)
     saved = json.loads((checkpoints(output)[-1] / "training" / "config.json").read_text())
     assert (saved["size"], saved["learning_rate"]) == (16, 1e-4)
+    larger, _ = run(replace(tuned, size=20, crop=8, updates=1, batch_size=2), tmp_path / "larger")
+    assert load_autoencoder(larger).config.sample_size == 20  # what train/ldm.py goes by
     with pytest.raises(ValueError, match="--crop 64 is larger than --size 16"):
         run(replace(tuned, updates=1), tmp_path / "too-large")
 

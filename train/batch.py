@@ -48,7 +48,8 @@ def draw_batch(
     part of the data that has a weight of its own.
     """
     taken = feed.take(update, first, config.batch_size, global_batch)
-    drawn = chances(config.seed, update, first, config.batch_size, global_batch, taken.mean.shape[1:])
+    where, shape = (config.seed, update, first, config.batch_size, global_batch), taken.mean.shape[1:]
+    drawn = chances(*where, shape, mixed=feed.count is None)
     captions = []
     canonical = model is not None and isinstance(model.conditioner, Labels)
     for group, chance in zip(taken.captions, drawn.chance.tolist(), strict=True):

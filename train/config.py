@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TypeVar
 
 import tyro
@@ -12,6 +13,29 @@ Settings = TypeVar("Settings")
 def flags_in(arguments: Sequence[str]) -> set[str]:
     """The flags of a command, such as "--data", without their values."""
     return {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+
+
+def gathered(arguments: Sequence[str], *kinds: type) -> list[str]:
+    """`--lora a --lora b` as `--lora a b`, which would otherwise be b alone: of these dataclasses' fields that take any
+    number of values, what comes again adds to what came."""
+    several = {field.name for kind in kinds for field in fields(kind) if "..." in str(field.type)}
+    current: list[str] = []
+    groups, known = [current], {}
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        name = flag[2:].replace("-", "_")
+        if argument.startswith("--") and name in several:
+            if name not in known:
+                known[name] = [flag]
+                groups.append(known[name])
+            current = known[name]
+            current += [value] if value else []
+            continue
+        if argument.startswith("--"):
+            current = []
+            groups.append(current)
+        current.append(argument)
+    return [word for group in groups for word in group]
 
 
 def parse(kind: type[Settings], presets: Mapping[str, Settings], *, default: str) -> Settings:
@@ -32,4 +56,5 @@ def parse(kind: type[Settings], presets: Mapping[str, Settings], *, default: str
         raise ValueError(f"--preset {name!r}: expected one of {', '.join(presets)}")
     description = f"Presets, chosen by --preset (now {name}): {', '.join(presets)}."
     kept = (tyro.conf.AvoidSubcommands,)  # a preset's U-Net is the kind whose fields are flags
+    arguments = gathered(arguments, kind)
     return tyro.cli(kind, args=arguments, default=presets[name], description=description, config=kept)

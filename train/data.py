@@ -209,15 +209,24 @@ class Chances(NamedTuple):
     normal: torch.Tensor  # [2, B, *shape], standard normal
 
 
-def chances(seed: int, update: int, first: int, size: int, global_batch: int, shape: Sequence[int]) -> Chances:
-    """Positions first … first + size - 1 of an update's global batch, for pictures (latents) of this shape."""
+def chances(
+    seed: int, update: int, first: int, size: int, global_batch: int, shape: Sequence[int], *, mixed: bool = False
+) -> Chances:
+    """Positions first … first + size - 1 of an update's global batch, for pictures (latents) of this shape.
+
+    mixed: each position has another share of the noise levels in each update, for batches whose positions always hold
+    pictures of the same file.
+    """
     uniform, normals = [], []
     for position in range(first, first + size):
         draw = generator(seed, update, position)
         uniform.append(torch.rand(3, generator=draw))
         normals.append(torch.randn(2, *shape, generator=draw))
     chance = torch.stack(uniform)
-    u = (torch.arange(first, first + size) + chance[:, 2]) / global_batch
+    shares = torch.arange(global_batch)
+    if mixed:
+        shares = torch.randperm(global_batch, generator=generator(seed, update, "shares"))
+    u = (shares[first : first + size] + chance[:, 2]) / global_batch
     return Chances(chance[:, :2], u, torch.stack(normals, dim=1))
 
 
@@ -226,7 +235,7 @@ class Draws(NamedTuple):
 
     indices: torch.Tensor  # [B] int64, which pictures
     chance: torch.Tensor  # [B, 2], uniform
-    u: torch.Tensor  # [B], uniform over the global batch, stratified: each position has its share of the noise levels
+    u: torch.Tensor  # [B], as of `Chances`
     normal: torch.Tensor  # [2, B, *shape], standard normal
 
 
@@ -241,7 +250,7 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def generator(*numbers: float) -> torch.Generator:
-    """A CPU generator that is a pure function of the numbers, such as (seed, update, position in the batch)."""
+def generator(*numbers: float | str) -> torch.Generator:
+    """A CPU generator that is a pure function of what it is given, such as (seed, update, position in the batch)."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

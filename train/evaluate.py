@@ -201,11 +201,10 @@ def evaluate(
     out: Path,
     *,
     prompts: int = 100,
-    seed: int = 0,
+    painting: Painting | None = None,
     font: str | None = None,
     judge: Path | None = None,
     cache: Path = Path("cache"),
-    batch: int = 32,
     lora: Sequence[str] = (),
     lora_weight: Sequence[float] = (1.0,),
 ) -> dict:
@@ -218,7 +217,8 @@ def evaluate(
     if prompts < 2:
         raise ValueError(f"--prompts {prompts}: expected at least 2")
     accelerator = start()
-    say, how = accelerator.print, Painting(seed=seed, batch=batch)
+    painting = painting or Painting()
+    say, seed = accelerator.print, painting.seed
     pipe = open_painter(model, lora, lora_weight, accelerator.device)
     trained_on = pipe.model.defaults.data.split("+")[0]  # the first part, without a prior's pictures
     if not is_drawn(trained_on):
@@ -233,7 +233,7 @@ def evaluate(
     known = digest(*objects, str(seed))  # from which rows are drawn: of fewer prompts they are the first ones
 
     def painted(name: str, asked: list[str]) -> list[Image.Image]:
-        source = paint_samples(pipe, asked, out / PAINTED / name, how, accelerator, reference=known)
+        source = paint_samples(pipe, asked, out / PAINTED / name, painting, accelerator, reference=known)
         return [source[i].image for i in range(len(source))]
 
     result: dict = {"model": str(model), "objects": len(objects), "seed": seed, "judge": "nearest in 32×32 pixels"}

@@ -4,7 +4,7 @@ these two in the folders below, .txt files beside pictures, and the names of the
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +70,13 @@ class Found(NamedTuple):
 
 def pictures_in(folder: Path) -> list[Path]:
     """The picture files of a folder and of those below it, in the order of their names."""
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not f.name.startswith("."))
+    return _files(folder, PICTURES)
+
+
+def _files(folder: Path, endings: Collection[str]) -> list[Path]:
+    """But for hidden ones, and those in hidden folders: thumbnails, what was thrown away."""
+    found = (f for f in folder.rglob("*") if f.suffix.lower() in endings)
+    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
 def _some_pictures(folder: Path) -> list[Path]:
@@ -83,7 +89,7 @@ def _some_pictures(folder: Path) -> list[Path]:
 
 
 def _foreign(folder: Path) -> list[str]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in FOREIGN and not f.name.startswith("."))
+    files = _files(folder, FOREIGN)
     return [f"left out, a format that is not read (convert it to JPEG or PNG): {file}" for file in files]
 
 

@@ -120,8 +120,7 @@ def evaluate_classes(
     out: Path,
     *,
     prompts: int = 100,
-    seed: int = 0,
-    batch: int = 32,
+    painting: Painting | None = None,
     template: str = "",
     lora: Sequence[str] = (),
     lora_weight: Sequence[float] = (1.0,),
@@ -155,8 +154,7 @@ def evaluate_classes(
     pipe = open_painter(model, lora, lora_weight, accelerator.device)
     told = is_told(pipe)
     asked = [prompt if told else "" for prompt in said for _ in range(each)]
-    how = Painting(seed=seed, batch=batch)
-    painted = paint_samples(pipe, asked, out / "samples", how, accelerator, reference=digest(*asked))
+    painted = paint_samples(pipe, asked, out / "samples", painting or Painting(), accelerator, reference=digest(*asked))
     images = [painted[i].image for i in range(len(painted))]
     found = verdicts(classifier, images)
     shown = [image for i in range(len(names)) for image in images[i * each : i * each + min(each, SHOWN)]]

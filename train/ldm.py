@@ -31,7 +31,7 @@ from train.launch import Interruption, memory_format, precision, prepare, shardi
 from train.learner import Learner
 from train.meter import Meter
 from train.objective import Objective, denoising
-from train.presets import PRESETS, check_model_settings, preset_for
+from train.presets import check_model_settings, preset_for, presets_for
 from train.prior import with_prior
 from train.progress import refuse_not_finite
 from train.settings import Config, settled
@@ -300,7 +300,7 @@ def draws_ahead(device: torch.device, feed: Feed) -> bool:
 
 if __name__ == "__main__":
     try:
-        settings = parse(Config, PRESETS, default=preset_for(sys.argv))
+        settings = parse(Config, presets_for(sys.argv), default=preset_for(sys.argv))
         check_model_settings(settings, sys.argv)
         main(settings)
     except ValueError as error:

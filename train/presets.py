@@ -1,9 +1,12 @@
 """Where a run of `train/ldm.py` starts from: --preset NAME."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from ldm.loss import NOISES
 from train.config import flags_in
 from train.set_presets import LECTURE, SMALL_SETS
 from train.settings import SMALL, Config
@@ -57,6 +60,16 @@ PRESETS = {
     **LECTURE,
     **SMALL_SETS,
 }
+
+
+def presets_for(arguments: Sequence[str]) -> dict[str, Config]:
+    """PRESETS for a command; where it asks for another kind of noise, without the numbers of their own kind."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    kind = dict(itertools.pairwise(words)).get("--noise")
+    without: dict[str, Any] = {"noise": kind, "noise_mean": None, "noise_std": None}
+    return {
+        name: replace(one, **without) if kind in set(NOISES) - {one.noise} else one for name, one in PRESETS.items()
+    }
 
 
 def preset_for(arguments: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ pictures, by any number of processes.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -111,8 +112,8 @@ def paint_samples(
     notes |= {"steps": how.steps or defaults.steps, "sampler": sampler}
     scale = defaults.guidance_scale if how.guidance is None else how.guidance
     notes["guidance"] = max(1.0, scale) if is_told(pipe) else 1.0
-    interval = how.guidance_interval or defaults.guidance_interval
-    notes["guidance_interval"] = list(interval) if interval else None
+    low, high = how.guidance_interval or defaults.guidance_interval or (0.0, math.inf)
+    notes["guidance_interval"] = [low, min(high, 1e9)] if low > 0 or high < math.inf else None  # JSON has no infinity
     notes |= {"loras": pipe.loras or None, "first_noise": first}
     notes |= {"dtype": str(pipe.dtype).removeprefix("torch."), "batch": how.batch}
     notes |= {"prompts": reference if any(prompts) else "", "views": defaults.views}

@@ -126,6 +126,8 @@ class Config:
             if given and not getattr(self, owner):
                 said, missing = (f"--{field.replace('_', '-')}" for field in (name, owner))
                 raise ValueError(f"{said} belongs to {missing}, which is not given: add it, or leave {said} out")
+        if self.noise == "uniform" and (self.noise_mean, self.noise_std) != (None, None):
+            raise ValueError("--noise uniform has no mean and no deviation: leave out --noise-mean and --noise-std")
         if self.weight != "min_snr" and (self.min_snr_gamma, self.min_snr_floor) != (5.0, 0.0):
             raise ValueError(f"--min-snr-gamma and --min-snr-floor belong to --weight min_snr, not {self.weight}")
         if not self.train or len(set(self.train)) < len(self.train):

@@ -79,7 +79,10 @@ class Shards:
                     continue
                 begin, length = sample.picture
                 opened.seek(begin)
-                captions = ("",) if self.bare else tar_captions(sample, name, self.template)
+                try:
+                    captions = ("",) if self.bare else tar_captions(sample, name, self.template)
+                except ValueError:  # of one among millions: counted as one without a caption
+                    captions = ()
                 yield Row(opened.read(length), captions, f"{name}: {sample.key}"), [sample.begin]
 
     def _parquet_rows(self, file: int, place: Place) -> Iterator[tuple[Row, Place]]:

@@ -20,6 +20,7 @@ class Sample(NamedTuple):
     begin: int  # where its first file's header is, in bytes
     picture: tuple[int, int] | None  # where its picture is: (begin, bytes)
     fields: dict[str, Any]  # of its .json file, and its .txt file's lines as "text"
+    broken: str = ""  # what is wrong with these
 
 
 def samples(file: IO[bytes], name: str, begin: int = 0) -> Iterator[Sample]:
@@ -53,19 +54,30 @@ def _with(sample: Sample, ending: str, member: tarfile.TarInfo, file: IO[bytes],
     if ending not in (".txt", ".json"):
         return sample
     file.seek(member.offset_data)
-    text = decoded(file.read(member.size), f"{name}: {member.name}")
+    try:
+        text = decoded(file.read(member.size), f"{name}: {member.name}")
+        fields = _json(text, f"{name}: {member.name}") if ending == ".json" else {}
+    except ValueError as error:
+        return sample._replace(broken=str(error))
     if ending == ".txt":
         return sample._replace(fields=sample.fields | {"text": list(clean(text.splitlines()))})
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: {member.name} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{name}: {member.name}: expected a JSON object, got {text.strip()[:60]}")
     return sample._replace(fields=fields | sample.fields)  # of two captions, that of the .txt file
 
 
+def _json(text: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {text.strip()[:60]}")
+    return fields
+
+
 def tar_captions(sample: Sample, name: str, template: Template | None) -> tuple[str, ...]:
+    """Raises ValueError for texts that can't be read."""
+    if sample.broken:
+        raise ValueError(sample.broken)
     return template(sample.fields) if template else captions_of(sample.fields, f"{name}: {sample.key}")
 
 

@@ -149,7 +149,7 @@ def main(config: Config) -> Path:
     else:
         if config.size is None:
             raise ValueError("--size is missing: the side of the pictures in pixels")
-        vae = new_autoencoder(replace(config.model, sample_size=config.size))
+        vae = new_autoencoder(config.model)
     assert config.size
     if any(side % vae.downscale for side in (config.size, config.crop)):
         raise ValueError(
@@ -157,6 +157,7 @@ def main(config: Config) -> Path:
         )
     if config.loss.halved and config.crop % (2 * vae.downscale):
         raise ValueError(f"--crop {config.crop}: expected a multiple of {2 * vae.downscale}, or --loss.halved 0")
+    vae.config = replace(vae.config, sample_size=config.size)  # what train/ldm.py goes by
     if config.decoder_only:
         for part in (vae.encoder, vae.quant_conv):
             if part is not None:

@@ -76,7 +76,7 @@ def local_detail(images: Tensor) -> Iterator[Tensor]:
         here, above, left, corner = x[..., 1:, 1:], x[..., :-1, 1:], x[..., 1:, :-1], x[..., :-1, :-1]
         for difference in (here - above, here - left, here - corner, left - above):
             power = F.avg_pool2d(difference.square(), 8 >> halvings, 4 >> halvings)
-            yield (power + 1e-4).sqrt()  # of one grey level: a root has no slope at 0
+            yield (power + 1e-4).sqrt()  # about one grey level: a root is vertical at 0
 
 
 def texture_loss(output: Tensor, target: Tensor) -> Tensor:
