@@ -51,6 +51,7 @@ def test_leads_and_guides_from_beginning_to_end(
     opened = leads["open_extractor"]
     opening = lambda name: clip if name == str(model_folder) else opened(name)  # noqa: E731
     monkeypatch.setitem(leads["main"].__globals__, "open_extractor", opening)
+    monkeypatch.setattr("benchmarks.twists.open_extractor", opening)
     leads["main"](options)
     said = json.loads(places["out"].read_text())
     assert [row["lead"] for row in said["rows"]] == ["base", "base@1", "aligned"]

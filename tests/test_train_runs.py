@@ -91,6 +91,8 @@ def test_accumulated_steps_are_one_batch(latents: Config, tmp_path: Path) -> Non
 class Six:
     """Six pictures with two captions each."""
 
+    count = 6
+
     def __init__(self, mean: torch.Tensor):
         self.mean = mean
 
