@@ -105,7 +105,7 @@ def test_what_peft_writes(tmp_path: Path, pipe: TextToImagePipeline, stabilised:
     wrapped.save_pretrained(tmp_path)
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "alone")
-    with pytest.raises(ValueError, match="adapter_config.json, which peft writes beside it, is missing"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json, which peft writes beside it, is missing"):
         pipe.load_lora(tmp_path / "alone")  # at the strength of 1 that it does not have
     pipe.load_lora(tmp_path)
     merged = wrapped.merge_and_unload()
