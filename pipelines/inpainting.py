@@ -74,18 +74,14 @@ def begin(
     """
     noisy = image is None or (mask is not None and strength == 1)
     dtype = next(model.unet.parameters()).dtype
-    known = beside = small = None
+    known = beside = None
+    small = None if mask is None else _of_latents(mask, unit)
     if image is not None and not (noisy and model.inpaints):
         # The first draw is the posterior's, the second the noise, as in diffusers.
         posterior = model.vae.encode(image.to(unit.device, dtype))
         known, unit = (posterior.sample(unit), draw(unit)) if draw else (posterior.mode, unit)
     if image is not None and mask is not None:
-        small = F.interpolate(mask, size=unit.shape[2:]).to(unit.device)  # of the pixel at each one's corner
-        if lost := [i for i, one in enumerate(mask) if one.any() and not small[i].any()]:
-            raise ValueError(
-                f"mask: what is white of number {lost[0]} is thinner than a latent, {model.vae.downscale} pixels, and "
-                "nothing would be painted: make it larger"
-            )
+        assert small is not None
         third = draw(unit) if draw else None  # diffusers draws it for any model: the sampler's draws come after it
         if model.inpaints:
             posterior = model.vae.encode((image * (mask < 0.5)).to(unit.device, dtype))
@@ -94,6 +90,20 @@ def begin(
     if model.inpaints or mask is None:
         return Start(x, sigma, unit, beside)
     return Start(x, sigma, unit, None, known, small)
+
+
+def _of_latents(mask: Tensor, unit: Tensor) -> Tensor:
+    """A mask of pixels at the latents' resolution, of the pixel at each one's corner (as diffusers): [B, 1, h, w].
+
+    Raises ValueError where that leaves nothing to paint of a mask that has white.
+    """
+    small = F.interpolate(mask, size=unit.shape[2:])
+    if lost := [i for i, one in enumerate(mask) if one.any() and not small[i].any()]:
+        raise ValueError(
+            f"mask: what is white of number {lost[0]} is thinner than a latent, {mask.shape[2] // unit.shape[2]} "
+            "pixels, and nothing would be painted: make it larger"
+        )
+    return small.to(unit.device)
 
 
 def mask_batch(mask: Any, pictures: int, per_prompt: int, height: int, width: int) -> Tensor:

@@ -63,7 +63,8 @@ def oracle(tokenizer: ClipTokenizer) -> CLIPTextModel:
 
 @pytest.fixture(scope="module")
 def encoder(oracle: CLIPTextModel, tokenizer: ClipTokenizer) -> ClipTextEncoder:
-    config = ClipTextConfig.from_dict(oracle.config.to_diff_dict())
+    said = oracle.config.to_diff_dict() | {"_attn_implementation_autoset": True}  # as transformers 4.46 to 4.50 wrote
+    config = ClipTextConfig.from_dict(said)
     return ClipTextEncoder(ClipText.from_weights(config, oracle.state_dict()).eval().requires_grad_(False), tokenizer)
 
 

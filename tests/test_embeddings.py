@@ -41,7 +41,9 @@ def test_paints_what_diffusers_paints(
     hat = save_embedding(tmp_path / "hat", "<hat>", vectors(3, 1))
     assert hat == tmp_path / "hat" / NAME
     assert pipe.load_embedding(cat) == ("<cat>",)
+    earlier = pipe(PROMPT, steps=1).images[0].settings
     assert pipe.load_embedding(tmp_path / "hat") == ("<hat>",)
+    assert earlier["embeddings"] == ["<cat>"]  # still
     theirs.load_textual_inversion(cat)
     theirs.load_textual_inversion(tmp_path / "hat")
     ours = painted(pipe)

@@ -188,3 +188,12 @@ def test_another_kind_of_noise_brings_its_own_numbers(monkeypatch: pytest.Monkey
         monkeypatch.setattr(sys, "argv", arguments)
         config = parse(Config, presets_for(arguments), default=preset_for(arguments))
         assert (config.noise_mean, config.noise_std) == numbers
+
+
+def test_what_a_flag_takes_again_adds_to_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--prior", "a dog", "--model", "x", "--prior=a cat", "--updates", "7", "--lora-targets", "to_q", "to_k"]
+    monkeypatch.setattr(sys, "argv", ["ldm.py", *words, "--updates", "9", "--lora-rank", "4", "--lora_targets", "to_v"])
+    config = parse(Config, PRESETS, default="fine-tune")
+    assert config.prior == ("a dog", "a cat")
+    assert config.lora_targets == ("to_q", "to_k", "to_v")
+    assert config.updates == 9  # of what takes one value the last counts, as everywhere
