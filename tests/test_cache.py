@@ -91,6 +91,12 @@ def test_caches_are_kept_apart_by_all_they_depend_on(
     assert len(shards(tmp_path / "cache")) == 1
     assert cache(32).mean.shape == (8, 4, 8, 8)
     assert len(shards(tmp_path / "cache")) == 2
+    with torch.no_grad():  # a decoder may be tuned, and the latents stay what they are
+        vae.decoder.conv_in.weight.mul_(1.01)
+        assert vae.post_quant_conv is not None
+        vae.post_quant_conv.weight.mul_(1.01)
+    cache()
+    assert len(shards(tmp_path / "cache")) == 2
     with torch.no_grad():
         vae.encoder.conv_in.weight.mul_(1.01)
     moved = cache()

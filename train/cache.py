@@ -1,8 +1,8 @@
 """What training needs of a picture, computed once: the autoencoder's posterior.
 
 The latent cache is a folder of shards, each written aside and renamed, so that a killed run goes on with the next shard
-and two writers do not disturb one another. Its name is a hash of the pictures, the transform and the autoencoder's
-weights: when one of them changes it is another cache.
+and two writers do not disturb one another. Its name is a hash of the pictures, the transform and the weights that encode:
+when one of them changes it is another cache, and it is the same one after `train/vae.py --decoder-only`.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from vae.autoencoder import Autoencoder, Identity, Posterior
 
 SHARD = 512  # pictures in one file
 FORMAT = "3"  # of the shards: raised when what lies in them changes
+DECODING = ("decoder.", "post_quant_conv.")  # weights of an autoencoder that its latents know nothing of
 
 
 class Latents(NamedTuple):
@@ -147,7 +148,7 @@ def open_cache(
     Raises ValueError when more pictures than `train.pictures.MAX_UNUSABLE` of a part are broken or without a caption,
     or when the disk has no room for what is to be written.
     """
-    weights = weights_digest(vae)
+    weights = weights_digest(vae, but=DECODING)
     parts, jobs, begin = [], [], 0
     cached = Cached()
     for part, _ in parts_of(source):
@@ -244,10 +245,15 @@ def _shard(place: Path, sides: list[Side], shard: int, in_buckets: bool) -> Path
     return place / f"{shard:06d}{ways}.safetensors"
 
 
-def weights_digest(network: nn.Module, config: object = None) -> str:
-    """A hash of a network's weights and configuration: its own, where none is given."""
+def weights_digest(network: nn.Module, config: object = None, but: tuple[str, ...] = ()) -> str:
+    """A hash of a network's weights and configuration: its own, where none is given.
+
+    but: how the names of weights begin that don't count.
+    """
     digest = hashlib.sha256(repr(getattr(network, "config", "") if config is None else config).encode())
     for name, weight in sorted(network.state_dict().items()):
+        if name.startswith(but):
+            continue
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
