@@ -1,8 +1,8 @@
 """What training needs of a picture, computed once: the autoencoder's posterior.
 
 The latent cache is a folder of shards, each written aside and renamed, so that a killed run goes on with the next shard
-and two writers do not disturb one another. Its name is a hash of the pictures, the transform and the weights that encode:
-when one of them changes it is another cache, and it is the same one after `train/vae.py --decoder-only`.
+and two writers do not disturb one another. Its name is a hash of the pictures, the transform and the weights that
+encode: when one of them changes it is another cache, and it is the same one after `train/vae.py --decoder-only`.
 """
 
 import hashlib
