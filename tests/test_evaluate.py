@@ -62,10 +62,17 @@ def test_samples_beside_training(
     vae.encode, vae.decode = lambda images: SimpleNamespace(mode=images), lambda latents: latents  # which loses nothing
     options = {"data": "pictograms", "views": 1, "font": None, "cache": tmp_path / "cache", "vae": vae}
     found = beside_training(images, rows, alike, judge, tmp_path / "out", **options)  # type: ignore[arg-type]
-    near, spread = found["memorisation"], found["diversity"]
+    near, spread, likeness = found["memorisation"], found["diversity"], found["likeness"]
     said = capsys.readouterr().out
     share = near["share_of_samples_nearer_than_1%_of_held_out"]
     assert f"nearer than the nearest 1% of fresh drawings are {share:.1%} of {len(rows)} samples" in said
+    assert likeness["pictures"] == len(rows)
+    for kind in ("samples", "other_drawings"):  # both are drawings that the others were not made from
+        frechet = likeness[kind]["frechet"]
+        assert 0 < frechet < 2 * likeness["other_drawings"]["frechet"]
+        assert likeness[kind]["precision"] > 0.7
+        assert likeness[kind]["recall"] > 0.7
+        assert f"among fresh drawings of the same: frechet {frechet:.4g}, precision" in said
     if copies:
         assert near["ratio"] < 1e-4
         assert share > 0.9

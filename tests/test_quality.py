@@ -126,3 +126,25 @@ def test_along_the_checkpoints_of_a_run(
     *_, size = quality["measured"](replace(options, along="size"))
     assert size[0]["parameters"] == sum(p.numel() for p in pipe.model.unet.parameters())
     assert size[0]["pictures_seen"] is None
+
+
+def test_distances_of_known_faults(options: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "set").mkdir()
+    for i in range(30):
+        colour = ("red", "green", "blue")[i % 3]
+        Image.new("RGB", (9, 9), colour).save(tmp_path / "set" / f"{i}.png")
+        (tmp_path / "set" / f"{i}.txt").write_text(colour)
+    distances = runpy.run_path(str(ROOT / "benchmarks" / "distances.py"))
+    asked = distances["Options"](
+        str(tmp_path / "set"), str(tmp_path / "set"), options.extractor, count=30, levels=(1.0, 60.0), without="red"
+    )
+    asked = replace(asked, out=tmp_path / "distances.json", cache=tmp_path / "cache")
+    found = distances["main"](asked)
+    assert abs(found["30 pictures"]) < 1e-3  # of a set to itself
+    assert found["without 'red'"] > 10 * abs(found["30 pictures"])
+    assert found["noise of 60"] > found["noise of 1"] > abs(found["30 pictures"])
+    assert json.loads(asked.out.read_text())["distances"] == found
+    with pytest.raises(ValueError, match="blue, green, red: leaving out those of 'pink'"):
+        distances["main"](replace(asked, without="pink"))

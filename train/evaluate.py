@@ -4,8 +4,9 @@ A sample of "an oil painting of a fox on a blue background" counts as right when
 own code in that style on that ground, the fox is the closest. Pictures are compared at 32×32 pixels, where strokes and
 grain have averaged out; each candidate is drawn in two placements that no model was trained on.
 
-With a judge (train/recogniser.py --preset pictograms) it also says which objects and styles that one sees, how near the
-samples come to the pictures of training, and how much those of one prompt differ.
+With a judge (train/recogniser.py --preset pictograms) it also says which objects and styles that one sees, how far the
+samples are from fresh drawings of the same prompts, how near they come to the pictures of training, and how much those
+of one prompt differ.
 """
 
 import json
@@ -27,7 +28,7 @@ from train.extractors import open_extractor
 from train.grid import grid
 from train.judge import answers_of, logits_of, open_judge
 from train.launch import start
-from train.metrics import diversity, psnr
+from train.metrics import diversity, frechet_distance, precision_recall, psnr
 from train.neighbours import copies, in_words, memorisation
 from train.pictograms import GROUNDS, STYLES, Pictograms, Row, captions, is_drawn, objects_of, paint
 from train.pictures import digest
@@ -92,9 +93,9 @@ def draw_rows(
     return [rows[i] for i in order[:count].tolist()]
 
 
-def drawn_afresh(rows: Sequence[Row], size: int, font: str | None) -> list[Image.Image]:
-    """The rows as no model was trained on them, each with a placement and brushwork of its own."""
-    return [paint(*row[:3], size, UNSEEN + i, font=font) for i, row in enumerate(rows)]
+def drawn_afresh(rows: Sequence[Row], size: int, font: str | None, first: int = 0) -> list[Image.Image]:
+    """The rows as no model was trained on them, each with a placement and brushwork of its own: those from `first` on."""
+    return [paint(*row[:3], size, UNSEEN + i, font=font) for i, row in enumerate(rows, first)]
 
 
 @torch.no_grad()
@@ -151,7 +152,7 @@ def beside_training(
     cache: Path,
     vae: Autoencoder | Identity,
 ) -> dict[str, Any]:
-    """Memorisation and diversity of the samples of training pairs, in the judge's features.
+    """Likeness to drawings, memorisation and diversity of the samples of training pairs, in the judge's features.
 
     alike: EACH samples of the prompt of each of the first ALIKE rows.
     """
@@ -171,18 +172,31 @@ def beside_training(
         given_back = copies(training, vae, len(rows), out, accelerator)
         learnt = open_reference(given_back, extractor, size, out / "features", accelerator, workers=0)
     ours, theirs = opened(images, asked), opened(real, asked)
+    others = opened(drawn_afresh(rows, size, font, len(rows)), asked)
     some = several(asked)
     drawn = drawn_afresh(several(rows), size, font)
     apart, drawings = (diversity(opened(pictures, some).features(), some)[0] for pictures in (alike, drawn))
     if not accelerator.is_main_process:
         return {}
+    of = f"features of {judge}, {extractor.digest}"
+    likeness = {"samples": among(ours, theirs), "other_drawings": among(others, theirs)}
+    for name, found in likeness.items():
+        said = ", ".join(f"{metric} {value:.4g}" for metric, value in found.items())
+        print(f"{name.replace('_', ' ')} among fresh drawings of the same: {said} ({len(rows)} each; {of})")
     near = memorisation(ours, theirs, training, out / "neighbours.png", learnt, f"{judge}, {extractor.digest}")
     spread = {"of_a_prompt": apart, "of_its_drawings": drawings, "prompts": len(rows[:ALIKE]), "each": EACH}
     for line in in_words(near, "fresh drawings"):
         print(line)
-    of = f"features of {judge}, {extractor.digest}"
     print(f"between pictures of one prompt: samples {apart:.3g}, drawings {drawings:.3g} ({of})")
-    return {"memorisation": near, "diversity": spread}
+    return {"likeness": likeness | {"pictures": len(rows)}, "memorisation": near, "diversity": spread}
+
+
+def among(pictures: Reference, real: Reference) -> dict[str, float]:
+    """Fréchet distance of pictures to as many real ones, and, of more than three, precision and recall."""
+    found = {"frechet": frechet_distance(pictures.moments(), real.moments())}
+    if len(real) > 3:
+        found |= precision_recall(real.features(), pictures.features())._asdict()
+    return found
 
 
 def _of(result: dict[str, Any]) -> dict[str, Any]:
