@@ -94,7 +94,7 @@ def draw_rows(
 
 
 def drawn_afresh(rows: Sequence[Row], size: int, font: str | None, first: int = 0) -> list[Image.Image]:
-    """The rows as no model was trained on them, each with a placement and brushwork of its own: those from `first` on."""
+    """The rows as no model was trained on them, each in its own placement and brushwork, that of `first` and so on."""
     return [paint(*row[:3], size, UNSEEN + i, font=font) for i, row in enumerate(rows, first)]
 
 
