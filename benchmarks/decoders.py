@@ -33,7 +33,7 @@ from train.extractors import open_extractor
 from train.grid import grid
 from train.metrics import Moments, frechet_distance, psnr
 from train.pictograms import Row, captions, objects_of
-from train.samples import NOISES
+from train.samples import NOISES, model_digest
 from vae.autoencoder import Autoencoder
 
 ZOOM = 4
@@ -142,6 +142,8 @@ def main(options: Options) -> None:
         print(f"of samples {row['detail_of_samples']['all']:.1f}, distance {row['distance']:.3g}", row["held_out"])
 
     settings = {"judge": extractor.digest, "drawings": len(rows), "levels": options.levels, "machine": described()}
+    painter = {"weights": model_digest(pipe), "guidance": pipe.model.defaults.guidance_scale}
+    settings |= {"painter": painter | {"steps": pipe.model.defaults.steps}, "prompts": options.prompts}
     settings |= {"detail_of_drawings": by_style(detail(pictures), rows)}
     fresh = torch.from_numpy(np.stack([np.array(one) for one in drawn_afresh(every, size, None)]))
     settings |= {"detail_of_drawings_asked_for": by_style(detail(to_unit(fresh)), every)}  # beside that of samples

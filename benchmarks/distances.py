@@ -4,14 +4,14 @@
 
 Fréchet distances to all test pictures: of real ones from the training set, many and a tenth of them; of the many with
 noise; of the many without the pictures of one caption, where captions are classes. They are the scale that a model's
-distance is read on. Writes OUT.
+distance is read on. Writes --out.
 """
 
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 from accelerate import Accelerator
 
+from benchmarks.leads import RESULTS, write_aside
 from benchmarks.machine import described
 from train.data import permutation
 from train.extractors import open_extractor
@@ -26,7 +27,6 @@ from train.metrics import Moments, frechet_distance
 from train.reference import open_reference
 from train.sources import open_source
 
-RESULTS = Path(__file__).parent / "results"
 BATCH = 500
 
 
@@ -38,11 +38,13 @@ class Options:
     count: int = 10_000  # of `train`, drawn at random
     levels: tuple[float, ...] = (10.0, 20.0, 40.0)  # of Gaussian noise: standard deviations, in grey levels of 255
     without: str | None = None  # the caption that is left out; None: the most frequent
-    out: Path = RESULTS / "distances_mnist.json"
+    out: Path | None = None  # None: results/distances_EXTRACTOR.json
     cache: Path = Path("cache")
 
 
 def main(options: Options) -> dict[str, float]:
+    if options.count < 20:
+        raise ValueError(f"--count {options.count}: expected at least 20, of which a tenth has a covariance")
     accelerator, extractor = Accelerator(cpu=True), open_extractor(options.extractor)
     train, test = (
         open_reference(open_source(data, extractor.side), extractor, extractor.side, options.cache, accelerator)
@@ -73,8 +75,11 @@ def main(options: Options) -> dict[str, float]:
         found[f"noise of {level:g}"] = frechet_distance(moments, real)
     for name, distance in found.items():
         print(f"{name}: {distance:.3g}")
-    said = {"extractor": extractor.described(), "train": train.hash, "test": test.hash, "test_pictures": len(test)}
-    options.out.write_text(json.dumps({**said, "machine": described(), "distances": found}, indent=2) + "\n")
+    said: dict[str, Any] = {"extractor": extractor.described(), "machine": described()}
+    for name, data, reference in (("train", options.train, train), ("test", options.test, test)):
+        said[name] = {"data": data, "hash": reference.hash, "pictures": len(reference)}
+    out = options.out or RESULTS / f"distances_{Path(options.extractor).name}.json"
+    write_aside(out, said | {"without": without, "distances": found})
     return found
 
 

@@ -96,7 +96,8 @@ def main(options: Options) -> list[dict[str, Any]]:
     if weaker:
         kinds[f"weaker model {weights_digest(weaker.unet)[:8]}"] = {"guidance_interval": everywhere}
     settings: dict[str, Any] = {"weights": model_digest(pipe), "judge": open_extractor(str(options.judge)).digest}
-    settings |= {"steps": options.steps or pipe.model.defaults.steps, "prompts": options.prompts}
+    defaults = pipe.model.defaults
+    settings |= {"steps": options.steps or defaults.steps, "sampler": defaults.sampler, "prompts": options.prompts}
     rows = results_before(options.out, settings)
     points = [(guide, scale, seed) for guide in kinds for scale in options.scales for seed in options.seeds]
     done = {(row["guide"], row["scale"], row["seed"]) for row in rows}

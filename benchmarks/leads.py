@@ -158,9 +158,18 @@ def config_of(name: str, options: Options) -> Config:
         weights_of(config.vae, "vae"),
         weights_of(config.text_encoder, *CLIP),
         drawings(base.data, options.size or 128),
+        "" if recipe_of(name, options).twist is as_it_is else (Path(__file__).parent / "twists.py").read_bytes(),
     )
     output = options.work / f"{name.replace('/', '-')}-{known[:8]}"
     return replace(config, output=output, cache=options.cache, workers=options.workers)
+
+
+def is_current(row: dict[str, Any], options: Options) -> bool:
+    """Whether a row of an earlier call is of what the same name means now."""
+    try:
+        return row["run"] == config_of(row["lead"], options).output.name
+    except ValueError:  # there is no such lead any more
+        return False
 
 
 @lru_cache
@@ -204,7 +213,9 @@ def trained(name: str, options: Options) -> dict[str, Any]:
 
         with replaced(validate=noted, draw_batch=timed):
             train.ldm.main(config, goal)
-    seconds = float(np.median(np.diff(times[1:])))  # checkpoints come between some
+    between = np.diff(times[1:])
+    ends = np.arange(1, len(between) + 1) % config.checkpoint_every == 0  # those with a checkpoint in them
+    seconds = float(between[~ends].mean())  # no median: a lead may do something in a part of its updates alone
     found = {"seconds_per_update": seconds, "machine": described(), "errors": errors}
     write_aside(kept, found)
     return found
@@ -329,10 +340,10 @@ def main(options: Options) -> None:
     open_extractor(options.clip)
     runs = {name: config_of(name, options).output.name for name in names}
     settings["judge"] = open_extractor(str(options.judge)).digest
-    rows = {row["lead"]: row for row in results_before(options.out, settings)}
+    rows = {row["lead"]: row for row in results_before(options.out, settings) if is_current(row, options)}
     failed = []
     for name in names:
-        if rows.get(name, {}).get("run") != runs[name]:  # none yet, or of another recipe
+        if name not in rows:
             about = {"lead": name, "what": recipe_of(name, options).what, "run": runs[name]}
             try:
                 about |= trained(name, options)

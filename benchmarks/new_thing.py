@@ -11,7 +11,6 @@ the nearest (train/evaluate.py); whether the style is the one asked for, the jud
 only. Writes OUT.json, and a sheet of pictures as OUT.png.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 from PIL import Image
 
+from benchmarks.leads import write_aside
 from benchmarks.machine import described
 from pipelines import TextToImagePipeline
 from train.evaluate import draw_rows, judged, nearest, open_pictogram_judge
@@ -145,14 +145,14 @@ def main(options: Options) -> dict[str, Any]:
     result |= {"machine": described(), "judge": open_extractor(str(options.judge)).digest}
     result["weights"] = model_digest(TextToImagePipeline.from_pretrained(options.model))
     rows = unseen(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for when, model in {"before": options.model, "after": str(options.work / "run")}.items():
         if when == "after":
             result["seconds"] = tune(options)
         result[when], pictures, prompts = ask(options, model, rows, known)
         sheet, said = sheet + pictures, said + prompts
         print(f"{when}:", ", ".join(f"{k} {v:.1%}" for k, v in result[when].items() if not k.endswith("prompts")))
-        options.out.write_text(json.dumps(result, indent=2) + "\n")  # at once: what comes next may fail
+        write_aside(options.work / "new_thing.json", result)  # at once: what comes next may fail
+    write_aside(options.out, result)
     grid(sheet, said, columns=8).save(options.out.with_suffix(".png"))
     print(f"{result['seconds'] / 60:.1f} minutes of training; figures and pictures in {options.out} and .png")
     return result

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def test_a_picture_is_its_own_latent_without_an_autoencoder(
     wanted = encoded(picture_folder, Identity()).mean
     posterior = latents.posterior(torch.arange(8), torch.device("cpu"))
     torch.testing.assert_close(posterior.sample(torch.ones(8, 3, 16, 16)), wanted, atol=1e-3, rtol=0)
+    grey = cache_latents(source, Identity(1), 16, tmp_path / "cache", accelerator, workers=0)
+    assert grey.mean.shape == (8, 1, 16, 16)  # another cache
 
 
 def test_caches_are_kept_apart_by_all_they_depend_on(
@@ -95,6 +98,7 @@ def test_caches_are_kept_apart_by_all_they_depend_on(
         vae.decoder.conv_in.weight.mul_(1.01)
         assert vae.post_quant_conv is not None
         vae.post_quant_conv.weight.mul_(1.01)
+    vae.config = replace(vae.config, sample_size=99)
     cache()
     assert len(shards(tmp_path / "cache")) == 2
     with torch.no_grad():

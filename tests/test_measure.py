@@ -378,6 +378,12 @@ def test_copies_of_the_training_set_are_found_out(measuring: Measuring, referenc
     assert known["share_of_samples_nearer_than_1%_of_held_out"] is None  # nothing tells how near is too near
     assert "all of the reference are in the training set" in in_words(known, "the reference")[0]
     assert "copies_to_training" not in found  # of a folder: there is no autoencoder to bring copies through
+    # Against another training set nothing of the former one is left in the file.
+    file = how.out / "metrics.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps(before | {"memorisation": before["memorisation"] | {"copies_to_training": 7}}))
+    measure(replace(how, training=str(tmp_path / "held_out")))
+    assert "copies_to_training" not in json.loads(file.read_text())["memorisation"]
 
 
 def test_accuracy_is_of_samples_and_of_the_reference(measuring: Measuring, reference: Path, tmp_path: Path) -> None:

@@ -197,7 +197,8 @@ def test_a_failing_disk_makes_no_broken_picture(
         return opened(file)
 
     monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(RuntimeError, match="type the same command again"):
-        list(read(source, 16, range(len(source)), batch=8, workers=0, progress=None))
-    with pytest.raises(RuntimeError, match="type the same command again"):
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"^\S+3\.png could not be read .* type the same command again$"):
+            list(read(source, 16, range(len(source)), batch=8, workers=workers, progress=None))
+    with pytest.raises(ValueError, match=r"type the same command again$"):
         measure(source, progress=False)

@@ -76,7 +76,7 @@ def test_gradients_that_are_no_numbers_reach_no_checkpoint(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, 4, lambda accelerator: accelerator._models[-1].linear_out.weight)
-    with pytest.raises(ValueError, match="gradient is nan at update 3: lower --learning-rate"):
+    with pytest.raises(ValueError, match=r"gradient is nan at update 3: the checkpoints in .* are untouched"):
         main(replace(config, output=tmp_path, epochs=2, checkpoint_every=3))
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000003"]
     assert all(weight.isfinite().all() for weight in load_recogniser(tmp_path).state_dict().values())

@@ -265,10 +265,11 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, write, {}, settings)
     changed = replace(settings, rate=0.2, widths=(1, 3), workers=9)
     with pytest.raises(ValueError, match=r"rate: 0.1 before, 0.2 now; widths: \[1, 2\] before, \[1, 3\] now") as error:
-        resume(tmp_path, changed, may_change=("workers",))
+        resume(tmp_path, changed)
     assert "workers" not in str(error.value)
     assert "another --output" in str(error.value)
-    assert resume(tmp_path, replace(settings, workers=9), may_change=("workers",)) is not None
+    assert resume(tmp_path, replace(settings, workers=9)) is not None
+    assert resume(tmp_path, replace(settings, rate=0.2), may_change=("rate",)) is not None
     # The run's folder is where it is found: moved, or named from another folder, it is the same run.
     tmp_path.joinpath("checkpoint-0000001").rename(tmp_path / "moved")
     (tmp_path / "elsewhere").mkdir()

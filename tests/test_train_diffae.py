@@ -311,7 +311,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     monkeypatch.setattr(
         train.diffae, "learning_rate", lambda update, **kwargs: 1e30 if update == 2 else rate(update, **kwargs)
     )
-    with pytest.raises(ValueError, match=r"loss is (nan|inf) at update 3: lower --learning-rate"):
+    with pytest.raises(ValueError, match=r"loss is (nan|inf) at update 3: the checkpoints in .* are untouched"):
         main(config)
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-0000002"]
     monkeypatch.undo()

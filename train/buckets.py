@@ -15,6 +15,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from train.aside import written_aside
+from train.data import failures_named
 from train.hashes import FileHashes
 from train.pictures import UNREADABLE, Source, digest, refuse_failing_disk
 from train.sources import parts_of
@@ -110,7 +111,7 @@ def picture_sizes(
 
 
 def measure(source: Source, *, progress: bool = True) -> list[tuple[int, int] | None]:
-    """(width, height) of every picture, from its header; None where it has none."""
+    """(width, height) of every picture, from its header; None where it has none. ValueError where the disk fails."""
 
     def one(index: int) -> tuple[int, int] | None:
         try:
@@ -119,6 +120,6 @@ def measure(source: Source, *, progress: bool = True) -> list[tuple[int, int] | 
             refuse_failing_disk(error, f"picture {index}")
             return None
 
-    with ThreadPoolExecutor(4) as pool:  # which wait for the disk more than they compute
+    with failures_named(), ThreadPoolExecutor(4) as pool:  # which wait for the disk more than they compute
         many = pool.map(one, range(len(source)), chunksize=64)
         return list(tqdm(many, total=len(source), desc="sizes", unit="pictures", disable=not progress))

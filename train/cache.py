@@ -10,6 +10,7 @@ import json
 import shutil
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ def open_cache(
     Raises ValueError when more pictures than `train.pictures.MAX_UNUSABLE` of a part are broken or without a caption,
     or when the disk has no room for what is to be written.
     """
-    weights = weights_digest(vae, but=DECODING)
+    encoding = encoding_digest(vae)
     parts, jobs, begin = [], [], 0
     cached = Cached()
     for part, _ in parts_of(source):
@@ -156,7 +157,7 @@ def open_cache(
         transform = str(size) if sides is None else f"{size} in buckets"
         with accelerator.main_process_first():  # whose hashes of the files the others then find in the cache
             cached.contents.append(part.fingerprint(FileHashes(folder)))
-        place = folder / f"latents-{digest(cached.contents[-1], transform, weights, FORMAT)}"
+        place = folder / f"latents-{digest(cached.contents[-1], transform, encoding, FORMAT)}"
         shards = [_shard(place, of_part, s, sides is not None) for s in range(-(-len(part) // SHARD))]
         parts.append((part, begin, shards))
         jobs += [(part, of_part, s, file) for s, file in enumerate(shards)]
@@ -243,6 +244,14 @@ def _shard(place: Path, sides: list[Side], shard: int, in_buckets: bool) -> Path
     """A shard's file; of buckets, which may change with the other pictures of a set, one for each way to divide it."""
     ways = f"-{digest(repr(sides[shard * SHARD : (shard + 1) * SHARD]))}" if in_buckets else ""
     return place / f"{shard:06d}{ways}.safetensors"
+
+
+def encoding_digest(vae: Autoencoder | Identity) -> str:
+    """What latents hang on: a hash of the weights that encode and their configuration, or the number of channels."""
+    if isinstance(vae, Identity):
+        return f"{vae.latent_channels} channels"
+    config = replace(vae.config, sample_size=0, force_upcast=True)  # notes, which change nothing
+    return weights_digest(vae, config, but=DECODING)
 
 
 def weights_digest(network: nn.Module, config: object = None, but: tuple[str, ...] = ()) -> str:

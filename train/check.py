@@ -14,7 +14,7 @@ from tqdm import tqdm
 from conditioning.tokenizer import ClipTokenizer
 from train.buckets import assign
 from train.build import text_folder
-from train.data import refuse_unusable, workers_named
+from train.data import failures_named, refuse_unusable
 from train.pictures import UNREADABLE, Example, Row, Source
 from train.shards import Shards, open_shards
 from train.sources import describe, describe_row, is_remote, open_source, parts_of, split_parts
@@ -173,7 +173,7 @@ class _Checked(Dataset):
 
 def _of_source(source: Source, workers: int) -> Iterator[Seen]:
     loader: DataLoader = DataLoader(_Checked(source), batch_size=16, num_workers=workers, collate_fn=list)
-    with workers_named():
+    with failures_named():
         yield from itertools.chain.from_iterable(loader)
 
 

@@ -166,7 +166,7 @@ def main(config: Config) -> Path:
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     update = 0
     global_batch = config.batch_size * accelerator.num_processes
-    free = ("workers", "cache", "font", "checkpoint_every", "updates", "batch_size")
+    free = ("updates", "batch_size")
     if found := resume(config.output, config, may_change=free, global_batch=global_batch):
         folder, state = found
         refuse_other_data(state, contents)

@@ -170,7 +170,7 @@ def main(config: Config) -> Path:
     if config.batch_size % processes:
         raise ValueError(f"--batch-size is {config.batch_size}: expected a multiple of the {processes} processes")
 
-    free = ("workers", "cache", "font", "measure_every", "checkpoint_every", "updates")
+    free = ("measure_every", "updates")
     found = resume(config.output, config, may_change=free)
 
     # Drawn sets hold pictures out, which are measured; of other data, the same are trained on and measured.

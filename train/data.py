@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from train.aside import remove_dead, written_aside
 from train.hashes import FileHashes
-from train.pictures import MAX_UNUSABLE, UNREADABLE, Source, digest, refuse_failing_disk, refuse_numbers
+from train.pictures import (
+    MAX_UNUSABLE,
+    UNREADABLE,
+    FailingDisk,
+    Source,
+    digest,
+    refuse_failing_disk,
+    refuse_numbers,
+)
 
 Side = int | tuple[int, int]  # of a square, or (width, height), in pixels
 
@@ -87,19 +95,22 @@ def read(
         _Reading(source, size, indices), batch_size=batch, num_workers=workers, collate_fn=list
     )
     bar = tqdm(total=len(indices), desc=progress, unit="pictures", disable=progress is None)
-    with bar, workers_named():
+    with bar, failures_named():
         for loaded in loader:
             bar.update(len(loaded))
             yield loaded
 
 
 @contextlib.contextmanager
-def workers_named() -> Iterator[None]:
-    """ValueError, instead of PyTorch's RuntimeError, where a process that reads pictures dies."""
+def failures_named() -> Iterator[None]:
+    """ValueError where the disk fails, or a process that reads pictures dies."""
     try:
         yield
+    except FailingDisk as error:
+        of_worker = f"{FailingDisk.__name__}: "  # before the message, where it comes with another process's traceback
+        raise ValueError(str(error).rstrip().rpartition(of_worker)[2]) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # what is raised in one comes as it is
             raise
         raise ValueError(
             f"a process that reads pictures died ({error}), often for want of memory: lower --workers, and start again "

@@ -178,21 +178,24 @@ def beside_training(
     apart, drawings = (diversity(opened(pictures, some).features(), some)[0] for pictures in (alike, drawn))
     if not accelerator.is_main_process:
         return {}
-    of = f"features of {judge}, {extractor.digest}"
+    of = f"features of {judge}, {extractor.digest}, pictures {extractor.resize}"
+    fresh = f"fresh drawings of the same, {theirs.hash}"
     likeness = {"samples": among(ours, theirs), "other_drawings": among(others, theirs)}
     for name, found in likeness.items():
         said = ", ".join(f"{metric} {value:.4g}" for metric, value in found.items())
-        print(f"{name.replace('_', ' ')} among fresh drawings of the same: {said} ({len(rows)} each; {of})")
+        print(f"{len(rows)} {name.replace('_', ' ')} among {fresh}: {said} ({of})")
     near = memorisation(ours, theirs, training, out / "neighbours.png", learnt, f"{judge}, {extractor.digest}")
     spread = {"of_a_prompt": apart, "of_its_drawings": drawings, "prompts": len(rows[:ALIKE]), "each": EACH}
     for line in in_words(near, "fresh drawings"):
         print(line)
     print(f"between pictures of one prompt: samples {apart:.3g}, drawings {drawings:.3g} ({of})")
-    return {"likeness": likeness | {"pictures": len(rows)}, "memorisation": near, "diversity": spread}
+    told = {"pictures": len(rows), "drawings_hash": theirs.hash}
+    return {"likeness": likeness | told, "memorisation": near, "diversity": spread}
 
 
 def among(pictures: Reference, real: Reference) -> dict[str, float]:
-    """Fréchet distance of pictures to as many real ones, and, of more than three, precision and recall."""
+    """Fréchet distance of pictures to as many real ones, to be compared at one count only, and, of more than three,
+    precision and recall."""
     found = {"frechet": frechet_distance(pictures.moments(), real.moments())}
     if len(real) > 3:
         found |= precision_recall(real.features(), pictures.features())._asdict()

@@ -52,17 +52,12 @@ from train.watch import check_room, evaluating, paint_grid, sample_prompts, vali
 
 LOG_EVERY = 25  # updates
 MAY_CHANGE = (
-    "workers",
-    "cache",
-    "font",
-    "checkpoint_every",
     "keep",
     "tracker",
     "prompts",
     "updates",
     "batch_size",
     "accumulate",
-    "mixed_precision",
     "gradient_checkpointing",
     "compile",
     "clip",

@@ -142,7 +142,8 @@ def _write(how: Measuring, result: dict[str, Any]) -> None:
     def join(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         new = {asked(one): one for one in now["metrics"]}
         metrics = [new.pop(asked(one), one) for one in before["metrics"]] + list(new.values())
-        return joined(before, now) | {"metrics": metrics}
+        whole = {key: now[key] for key in ("memorisation",) if key in now}  # of another training set nothing is left
+        return joined(before, now) | whole | {"metrics": metrics}
 
     write_result(how.out / FILE, result, of, join)
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from pipelines.picture import to_pil
+from train.aside import written_aside
 from train.cache import weights_digest
 from train.data import to_unit
 from train.folders import FolderSource, open_pictures
@@ -68,7 +69,8 @@ def _write_copies(training: Reference, vae: Autoencoder, count: int, folder: Pat
         pixels = torch.stack([torch.from_numpy(np.array(training.picture(row))) for row in rows.tolist()])
         latents = vae.encode(to_unit(pixels).to(weight)).mode
         for row, picture in zip(rows.tolist(), vae.decode(latents), strict=True):
-            to_pil(picture).save(folder / f"{row:08d}.png")
+            with written_aside(folder / f"{row:08d}.png") as partial:
+                to_pil(picture).save(partial, format="png")
 
 
 def memorisation(

@@ -69,10 +69,14 @@ def _plain(error: Exception) -> str:
     return "no picture in a format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
+class FailingDisk(RuntimeError):
+    """On its way no ValueError, which would be taken for a broken picture; `train.data.failures_named` makes it one."""
+
+
 def refuse_failing_disk(error: Exception, key: str) -> None:
-    """RuntimeError for what says nothing of the picture: it would be remembered as broken and left out for good."""
+    """FailingDisk for what says nothing of the picture: it would be remembered as broken and left out for good."""
     if isinstance(error, OSError) and error.errno in FAILING:
-        raise RuntimeError(
+        raise FailingDisk(
             f"{key} could not be read ({error}): the disk, the network or the number of open files. Nothing is wrong "
             "with the picture as far as is known; once that is mended, type the same command again"
         ) from error

@@ -80,6 +80,7 @@ def refuse_not_finite(
     """ValueError for a number that would spoil the weights; `about` tells of it what there is to tell."""
     if not math.isfinite(value):
         raise ValueError(
-            f"the {what} is {value} at update {update}{f' ({about()})' if about else ''}: lower --learning-rate or set "
-            f"--mixed-precision no; the checkpoints in {output} are untouched"
+            f"the {what} is {value} at update {update}{f' ({about()})' if about else ''}: the checkpoints in "
+            f"{output} are untouched. Go on from the last one with --mixed-precision no, or begin anew with a lower "
+            "--learning-rate and another --output"
         )

@@ -249,7 +249,7 @@ def main(config: Config) -> Path:
     global_batch = config.batch_size * accelerator.num_processes
     updates, update = -(-config.epochs * len(shown) // global_batch), 0
     warmup = clamp_warmup(config.warmup, updates, accelerator.print)
-    free = ("workers", "cache", "font", "checkpoint_every", "epochs", "batch_size")
+    free = ("epochs", "batch_size")
     if found := resume(config.output, config, may_change=free, global_batch=global_batch):
         folder, state = found
         refuse_other_data(state, pictures.contents)

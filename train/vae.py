@@ -178,7 +178,7 @@ def main(config: Config) -> Path:
 
     update = 0
     global_batch = config.batch_size * accelerator.num_processes
-    free = ("workers", "cache", "font", "checkpoint_every", "updates", "batch_size")
+    free = ("updates", "batch_size")
     found = resume(config.output, config, may_change=free, global_batch=global_batch)
     source = open_source(config.data, config.size, split="all", font=config.font, views=config.views, captions=False)
     accelerator.print(describe(source, config.size))
