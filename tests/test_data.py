@@ -220,6 +220,41 @@ def test_texts_may_begin_with_a_mark_and_must_be_utf8(tmp_path: Path, name: str)
         open_source(str(tmp_path), 8)
 
 
+def test_a_text_among_many_may_be_unreadable(tmp_path: Path) -> None:
+    for i in range(20):
+        (fill(tmp_path, 20) / f"{i}.txt").write_text("red")
+    (tmp_path / "7.txt").write_text("un œuf", encoding="cp1252")
+    source = open_source(str(tmp_path), 8)
+    assert len(source) == 19
+    assert "7.txt is not UTF-8" in describe(source, 8)
+
+
+def test_files_of_several_splits_are_not_taken_for_one_set(tmp_path: Path) -> None:
+    for name in ("train-0.parquet", "train-1.parquet", "validation-0.parquet"):
+        write_parquet(tmp_path / name, image=[png()], text=["red"])
+    with pytest.raises(ValueError, match=r"train-0.parquet and .*validation-0.parquet.*/\{train-0,train-1\}.parquet"):
+        open_source(str(tmp_path), 8)
+    assert len(open_source(str(tmp_path / "{train-0,train-1}.parquet"), 8)) == 2
+    (tmp_path / "train-1.parquet").unlink()
+    with pytest.raises(ValueError, match=r"as .*/train-0.parquet"):
+        open_source(str(tmp_path), 8)
+    (tmp_path / "train-0.parquet").rename(tmp_path / "trained-0.parquet")  # no name of a split
+    assert len(open_source(str(tmp_path), 8)) == 2
+
+
+def test_tables_that_downloaders_leave_beside_pictures(tmp_path: Path) -> None:
+    """As img2dataset writes them: addresses and captions, beside tars or folders of pictures."""
+    write_parquet(tmp_path / "00000.parquet", url=["https://a"], caption=["red"])
+    with pytest.raises(ValueError, match="needs a column of pictures"):
+        open_source(str(tmp_path), 8)
+    (fill(tmp_path / "00000", 1) / "0.txt").write_text("red")
+    source = open_source(str(tmp_path), 8)
+    assert said(source) == [("red",)]
+    assert "without a column of pictures: 00000.parquet" in describe(source, 8)
+    write_tar(tmp_path / "00000.tar", ("0.png", png()), ("0.txt", b"blue"))
+    assert said(open_source(str(tmp_path), 8)) == [("blue",)]
+
+
 def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for where, words in (

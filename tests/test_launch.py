@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train.vae
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from pipelines import TextToImagePipeline
-from train.launch import memory_format, start
+from train.launch import errors_said, memory_format, start
 from train.ldm import main
 from train.presets import PRESETS
 from train.state import checkpoints
@@ -162,3 +162,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("--size is 0"), "error: --size is 0"),
+        (torch.OutOfMemoryError("no room"), "error: no room\nTake a smaller --batch-size with --accumulate, --mixed"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_sentence(error: Exception, said: str) -> None:
+    with pytest.raises(SystemExit) as ended, errors_said(" with --accumulate"):
+        raise error
+    assert str(ended.value).startswith(said)
+    with pytest.raises(AssertionError), errors_said():  # a bug is one
+        raise AssertionError

@@ -89,7 +89,7 @@ def test_what_is_wrong_with_a_tar_is_named(tmp_path: Path) -> None:
     source = open_source(str(write_tar(tmp_path / "a.tar", *captioned)), 8)
     assert len(source) == 39
     assert f"no caption: {tmp_path / 'a.tar'}: 5" in describe(source, 8)
-    with pytest.raises(ValueError, match=r"40 of 40 pictures .* no caption .*b.tar: 0"):
+    with pytest.raises(ValueError, match=r"40 of 40 examples .* instance no caption: .*b.tar: 0:"):
         open_source(str(write_tar(tmp_path / "b.tar", *members)), 8)
     broken = write_tar(tmp_path / "c.tar", ("0.png", b"none"), ("0.txt", b"red"))
     with pytest.raises(ValueError, match=r"c.tar: 0: no picture in a format"):
@@ -101,6 +101,17 @@ def test_what_is_wrong_with_a_tar_is_named(tmp_path: Path) -> None:
         open_source(str(write_tar(tmp_path / "e.tar", ("0.png", png()), ("0.json", b"{"))), 8)
     with pytest.raises(ValueError, match="no pictures in"):
         open_source(str(write_tar(tmp_path / "f.tar", ("0.txt", b"red"))), 8)
+    # Of many examples a few may be unreadable, a picture in another format among them.
+    captioned[6:8] = [("3.png", png()), ("3.txt", "röt".encode("cp1252"))]
+    source = open_source(str(write_tar(tmp_path / "g.tar", *captioned)), 8)
+    assert len(source) == 38
+    assert "3.txt is not UTF-8" in describe(source, 8)
+    captioned[8:10] = [("4.jxl", png()), ("4.txt", b"red")]
+    with pytest.raises(ValueError, match="3 of 40 examples"):
+        open_source(str(write_tar(tmp_path / "h.tar", *captioned)), 8)
+    captioned[6:8] = [("3.png", png()), ("3.txt", b"red")]
+    source = open_source(str(write_tar(tmp_path / "i.tar", *captioned)), 8)
+    assert f"no picture: {tmp_path / 'i.tar'}: 4" in describe(source, 8)
 
 
 # The hub

@@ -29,7 +29,7 @@ from train.cache import Latents, cache_latents
 from train.config import parse
 from train.data import draws, generator, permutation, refuse_other_data, sent
 from train.hashes import FileHashes
-from train.launch import MixedPrecision, memory_format, start
+from train.launch import MixedPrecision, errors_said, memory_format, start
 from train.progress import Progress, refuse_bad_step
 from train.sources import Source, describe, first_captions, open_source
 from train.state import clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
@@ -226,7 +226,5 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(parse(Config, PRESETS, default="grey"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

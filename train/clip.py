@@ -30,7 +30,7 @@ from train.build import decaying
 from train.clip_model import WEIGHTS, ClipModel, save_clip, tokenise
 from train.config import flags_in, parse
 from train.data import Pictures, generator, read_pictures, refuse_other_data, sent, to_unit
-from train.launch import MixedPrecision, start
+from train.launch import MixedPrecision, errors_said, start
 from train.progress import Progress, refuse_bad_step
 from train.sources import describe, open_source
 from train.state import clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
@@ -274,7 +274,5 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(parse(Config, PRESETS, default="new" if "--data" in flags_in(sys.argv) else "shapes"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -35,7 +35,7 @@ from train.codes import train_codes
 from train.config import parse
 from train.data import draws, permutation, read_pictures, refuse_other_data, sent, to_unit
 from train.grid import grid
-from train.launch import MixedPrecision, matrix_type, memory_format, start
+from train.launch import MixedPrecision, errors_said, matrix_type, memory_format, start
 from train.muon import Muon
 from train.progress import Progress, refuse_bad_step
 from train.set_presets import TEXT_IN_PIXELS
@@ -311,7 +311,5 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(parse(Config, PRESETS, default="shapes"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

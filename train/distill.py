@@ -36,6 +36,7 @@ from pipelines.find import find_model
 from pipelines.folder import Model, load_model
 from train import settings
 from train.config import parse
+from train.launch import errors_said
 from train.objective import Objective
 from train.presets import check_model_settings
 
@@ -164,9 +165,7 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said(train.ldm.SAVINGS):
         given = parse(Config, PRESETS, default="student")
         check_model_settings(given, sys.argv)
         main(given)
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -66,6 +66,7 @@ class Found(NamedTuple):
 
     where: str
     captions: dict[Path, tuple[str, ...]]
+    broken: dict[Path, str]  # what is wrong with those that cannot be read
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -114,9 +115,9 @@ def open_bare(folder: Path) -> FolderSource:
 def open_folder(folder: Path, template: Template | None = None) -> FolderSource:
     """The pictures of a folder and of those below it; ValueError where too many have no caption."""
     pictures = _some_pictures(folder)
-    origin, found = _captions(folder, pictures, template)
+    origin, found, broken = _captions(folder, pictures, template)
     captioned = [(f, found[f]) for f in pictures if found.get(f)]
-    notes = [f"no caption: {f}" for f in pictures if not found.get(f)]
+    notes = [broken.get(f, f"no caption: {f}") for f in pictures if not found.get(f)]
     there = set(pictures)
     notes += [f"named in {origin}, but not there: {f}" for f in found if f not in there]
     notes += _foreign(folder)
@@ -134,19 +135,30 @@ def _captions(folder: Path, pictures: list[Path], template: Template | None) -> 
     names = ("metadata.jsonl", "metadata.csv")
     for name in names:
         if (folder / name).is_file():
-            return Found(name, _read_metadata(folder / name, template))
+            return Found(name, _read_metadata(folder / name, template), {})
     below = {above for file in pictures for above in file.parents if above.is_relative_to(folder)}
     for name in names:  # of each split a folder, as `datasets` has them
         files = sorted(file for place in below if (file := place / name).is_file())
         found = {picture: said for file in files for picture, said in _read_metadata(file, template).items()}
         if 2 * sum(file in found for file in pictures) > len(pictures):  # and not of some other table in there
-            return Found(f"{name} in {len(files)} of its folders", found)
+            return Found(f"{name} in {len(files)} of its folders", found, {})
     if any(f.with_suffix(".txt").is_file() for f in pictures):
-        texts = {f: f.with_suffix(".txt") for f in pictures}
-        said = {f: clean(read_text(t).splitlines()) for f, t in texts.items() if t.is_file()}
-        return Found(".txt files", _made(said, "text", ".txt files", template))
+        said, broken = _texts_beside(pictures)
+        return Found(".txt files", _made(said, "text", ".txt files", template), broken)
     said = {f: (f.parent.name.replace("_", " "),) for f in pictures if f.parent != folder}
-    return Found("class folders", _made(said, "label", "class folders", template))
+    return Found("class folders", _made(said, "label", "class folders", template), {})
+
+
+def _texts_beside(pictures: list[Path]) -> tuple[dict[Path, tuple[str, ...]], dict[Path, str]]:
+    """The lines of the .txt files of pictures, and what is wrong with those that cannot be read."""
+    said, broken = {}, {}
+    for file in pictures:
+        if (text := file.with_suffix(".txt")).is_file():
+            try:
+                said[file] = clean(read_text(text).splitlines())
+            except ValueError as error:  # which names it
+                broken[file] = str(error)
+    return said, broken
 
 
 def _made(

@@ -1,10 +1,12 @@
 """How every training script starts: as many processes as asked for, all the cores, or a sentence on what is wrong."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -129,6 +131,20 @@ class Interruption:
     def exit_code(self) -> int:
         """As a shell has it for a program that a signal ended."""
         return 128 + self.number
+
+
+@contextlib.contextmanager
+def errors_said(savings: str = "") -> Iterator[None]:
+    """Ends the program with a sentence for what its user can mend: a ValueError, or a GPU that is full.
+
+    savings: what a script has against that beside smaller batches and sizes.
+    """
+    try:
+        yield
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {error}\nTake a smaller --batch-size{savings}, --mixed-precision bf16, or a smaller --size")
 
 
 def _end_with_the_launcher() -> None:

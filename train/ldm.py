@@ -27,7 +27,7 @@ from train.build import build, optimizer_for, share_statistics
 from train.config import parse
 from train.data import generator
 from train.feed import CachedFeed, Feed, open_feed
-from train.launch import Interruption, memory_format, precision, prepare, sharding, start
+from train.launch import Interruption, errors_said, memory_format, precision, prepare, sharding, start
 from train.learner import Learner
 from train.meter import Meter
 from train.objective import Objective, denoising
@@ -51,6 +51,7 @@ from train.trained import (
 from train.watch import check_room, evaluating, paint_grid, sample_prompts, validate
 
 LOG_EVERY = 25  # updates
+SAVINGS = " with a larger --accumulate, --gradient-checkpointing"  # of memory
 MAY_CHANGE = (
     "keep",
     "tracker",
@@ -294,14 +295,7 @@ def draws_ahead(device: torch.device, feed: Feed) -> bool:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said(SAVINGS):
         settings = parse(Config, presets_for(sys.argv), default=preset_for(sys.argv))
         check_model_settings(settings, sys.argv)
         main(settings)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"error: {error}\nTake a smaller --batch-size with a larger --accumulate, --gradient-checkpointing, "
-            "--mixed-precision bf16, or a smaller --size"
-        )

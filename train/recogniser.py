@@ -33,7 +33,7 @@ from train.answers import Tasks, augmented, numbered, read_answers, softened
 from train.config import parse
 from train.data import batch_indices, generator, permutation, refuse_other_data, sent, to_unit
 from train.extractors import ACCURACY
-from train.launch import MixedPrecision, matrix_type, start
+from train.launch import MixedPrecision, errors_said, matrix_type, start
 from train.muon import Muon
 from train.pictograms import is_drawn
 from train.progress import Progress, refuse_bad_step
@@ -315,7 +315,5 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(parse(Config, PRESETS, default="cifar10"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

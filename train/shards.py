@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from train.captions import Template
 from train.pictures import Row, digest
-from train.sources import HUB, expand, is_remote
-from train.tables import Columns, find_columns, row_of
+from train.sources import HUB, expand, is_remote, refuse_several_splits, shards_in
+from train.tables import Columns, find_columns, has_pictures, row_of
 from train.tars import samples, tar_captions
 
 COMMIT = re.compile(r"@[0-9a-f]{40}(?=/)")  # in the name of a file of the hub
@@ -166,7 +166,8 @@ def _listed(data: str) -> list[str]:
     if path.is_file():
         return [str(path)]
     if path.is_dir():
-        return [str(f) for f in sorted(path.glob("*.parquet")) or sorted(path.glob("*.tar"))]
+        here, packed = shards_in(path)
+        return [str(f) for f in (here if here and (not packed or has_pictures(here[0])) else packed)]
     if (files := expand(data)) != [data] or Path(data).suffix in (".parquet", ".tar"):
         missing = [f for f in files if not is_remote(f) and not Path(f).expanduser().is_file()]
         if missing:
@@ -175,7 +176,10 @@ def _listed(data: str) -> list[str]:
     try:
         if is_remote(data):
             found = resolve_pattern(data.rstrip("/") + "/*", "")
-            return sorted(f for f in found if f.endswith(".parquet")) or sorted(f for f in found if f.endswith(".tar"))
+            tables, tars = (sorted(f for f in found if f.endswith(ending)) for ending in (".parquet", ".tar"))
+            refuse_several_splits(tables)
+            refuse_several_splits(tars)
+            return tables or tars
         if HUB.fullmatch(data):
             name, _, split = data.partition(":")
             every = datasets.load_dataset_builder(name).config.data_files or {}

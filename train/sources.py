@@ -14,18 +14,20 @@ import bisect
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.captions import Template
-from train.folders import FolderSource, open_bare, open_folder
+from train.folders import FolderSource, open_bare, open_folder, pictures_in
 from train.hashes import FileHashes
 from train.pictures import UNREADABLE, Example, Source, digest
-from train.tables import ParquetSource, open_hub, open_parquet
+from train.tables import ParquetSource, has_pictures, open_hub, open_parquet
 from train.tars import TarSource, open_tars
 
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+SPLIT = re.compile(r"(?:^|[-_.])(train|test|dev|val|valid|validation)[-_.]", re.IGNORECASE)  # in the name of a file
 EXPECTED = (
     "expected a folder of captioned pictures, a .parquet or .tar file or a folder of them, 'shapes' or 'pictograms' "
     "('pictograms:all' for every object, 'pictograms:fox,house' for some), or a data set of the hub, owner/name or "
@@ -148,11 +150,42 @@ def _open(data: str, size: int, split: str, font: str | None, views: int, templa
         if path.suffix == ".tar":
             return open_tars([path], template, bare=bare)
         raise ValueError(f"--data {data!r} is a file but not .parquet or .tar: {EXPECTED}")
-    if parquet := sorted(path.glob("*.parquet")):
-        return open_parquet(parquet, template, bare=bare)
-    if tars := sorted(path.glob("*.tar")):
-        return open_tars(tars, template, bare=bare)
-    return open_bare(path) if bare else open_folder(path, template)
+    tables, tars = shards_in(path)
+    if tables and (has_pictures(tables[0]) or not (tars or pictures_in(path))):
+        return open_parquet(tables, template, bare=bare)
+    if tars:
+        found: Any = open_tars(tars, template, bare=bare)
+    else:
+        found = open_bare(path) if bare else open_folder(path, template)
+    if tables:
+        found.notes.insert(0, f"left out, {len(tables)} tables without a column of pictures: {tables[0].name}")
+    return found
+
+
+def shards_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The parquet files and the tars of a folder; ValueError where they are of several splits by their names."""
+    tables, tars = sorted(folder.glob("*.parquet")), sorted(folder.glob("*.tar"))
+    for files in (tables, tars):
+        refuse_several_splits([str(file) for file in files])
+    return tables, tars
+
+
+def refuse_several_splits(files: Sequence[str]) -> None:
+    """ValueError for files of a folder of which some are to train on by their names, and others to measure by."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        if named := SPLIT.search(file.rpartition("/")[2]):
+            splits.setdefault(named[1].lower(), []).append(file)
+    train = splits.pop("train", None)
+    if train and splits:
+        folder, _, _ = train[0].rpartition("/")
+        stems = ",".join(file[len(folder) + 1 :].rpartition(".")[0] for file in train)
+        alone = train[0] if len(train) == 1 else f"{folder}/{{{stems}}}.{train[0].rpartition('.')[2]}"
+        other = next(iter(splits.values()))[0]
+        raise ValueError(
+            f"--data: {train[0]} and {other} are of several splits by their names, and would be one set: name the "
+            f"files of one, as {alone} (or, to take them all, {train[0]}+{other})"
+        )
 
 
 def _drawn(data: str, size: int, split: str, font: str | None, views: int) -> Drawn:

@@ -68,6 +68,18 @@ def find_columns(features: Any, where: str, template: Template | None = None, *,
     return Columns(images[0], texts[0], classes)
 
 
+def has_pictures(file: Path) -> bool:
+    """Whether a parquet file has a column of pictures; True where it cannot be read, as is said where it is opened."""
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+    except (OSError, ValueError):
+        return True
+    return any(isinstance(f, datasets.Image) or _image_struct(f) for f in features.values())
+
+
 @dataclass
 class ParquetSource:
     """Rows of a table on this machine's disk."""

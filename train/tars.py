@@ -113,31 +113,39 @@ class TarSource:
 
 
 def open_tars(files: list[Path], template: Template | None = None, *, bare: bool = False) -> TarSource:
-    """Tars as one set; ValueError where too many examples lack a caption. bare: captions are not read."""
-    where, captions, keys, missing, total = [], [], [], [], 0
+    """Tars as one set; ValueError where too many examples lack a caption, or a picture. bare: captions are not read."""
+    where, captions, keys, unusable, total = [], [], [], [], 0
     there: set[str] = set()
     for number, file in enumerate(files):
         with open(file, "rb") as opened:
             for sample in samples(opened, str(file)):
-                if sample.picture is None:
+                if sample.picture is None and not (sample.fields or sample.broken):
                     continue
                 total += 1
                 there |= sample.fields.keys()
                 key = f"{file}: {sample.key}"
-                said = ("",) if bare else tar_captions(sample, str(file), template)
+                if sample.picture is None:
+                    unusable.append(f"no picture: {key}")
+                    continue
+                try:
+                    said = ("",) if bare else tar_captions(sample, str(file), template)
+                except ValueError as error:  # which names it
+                    unusable.append(str(error))
+                    continue
                 if not said:
-                    missing.append(key)
+                    unusable.append(f"no caption: {key}")
                     continue
                 where.append((number, *sample.picture))
                 captions.append(said)
                 keys.append(key)
-    if not total:
+    if total == sum(line.startswith("no picture: ") for line in unusable):
         raise ValueError(f"no pictures in {files[0]}: expected files ending in {', '.join(sorted(PICTURES))}")
     if template:
         template.check(there, str(files[0]))
-    if len(missing) > MAX_UNUSABLE * total:
+    if len(unusable) > MAX_UNUSABLE * total:
         raise ValueError(
-            f"{len(missing)} of {total} pictures in {files[0].parent} have no caption (at most {MAX_UNUSABLE:.0%} may "
-            f"lack one), for instance {missing[0]}: expected a .txt or a .json file with a field 'text' beside each"
+            f"{len(unusable)} of {total} examples in {files[0].parent} have no picture or no caption that is read (at "
+            f"most {MAX_UNUSABLE:.0%} may), for instance {unusable[0]}: expected files ending in "
+            f"{', '.join(sorted(PICTURES))}, and a .txt or a .json file with a field 'text' beside each"
         )
-    return TarSource(files, where, captions, keys, notes=[f"no caption: {key}" for key in missing])
+    return TarSource(files, where, captions, keys, notes=unusable)

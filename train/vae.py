@@ -26,7 +26,7 @@ from train.build import begin_at_zero, open_autoencoder, own_size
 from train.config import flags_in, parse
 from train.data import batch_indices, generator, permutation, read_pictures, refuse_other_data, sent, to_unit
 from train.grid import grid
-from train.launch import matrix_type, memory_format, start
+from train.launch import errors_said, matrix_type, memory_format, start
 from train.metrics import psnr
 from train.muon import Muon
 from train.progress import Progress, refuse_bad_step
@@ -275,8 +275,6 @@ def main(config: Config) -> Path:
 
 if __name__ == "__main__":
     given = flags_in(sys.argv)
-    try:
+    with errors_said():
         preset = "fine-tune" if "--init" in given else "new" if "--data" in given else "shapes"
         main(parse(Config, PRESETS, default=preset))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
