@@ -215,7 +215,8 @@ def trained(name: str, options: Options) -> dict[str, Any]:
             train.ldm.main(config, goal)
     between = np.diff(times[1:])
     ends = np.arange(1, len(between) + 1) % config.checkpoint_every == 0  # those with a checkpoint in them
-    seconds = float(between[~ends].mean())  # no median: a lead may do something in a part of its updates alone
+    between = between[~ends] if not ends.all() else between
+    seconds = float(between.mean())  # no median: a lead may do something in a part of its updates alone
     found = {"seconds_per_update": seconds, "machine": described(), "errors": errors}
     write_aside(kept, found)
     return found

@@ -71,13 +71,12 @@ def find_columns(features: Any, where: str, template: Template | None = None, *,
 def has_pictures(file: Path) -> bool:
     """Whether a parquet file has a column of pictures; True where it cannot be read, as is said where it is opened."""
     import datasets
-    import pyarrow.parquet
 
     try:
-        features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+        features = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True).features
     except (OSError, ValueError):
         return True
-    return any(isinstance(f, datasets.Image) or _image_struct(f) for f in features.values())
+    return not features or any(isinstance(f, datasets.Image) or _image_struct(f) for f in features.values())
 
 
 @dataclass
