@@ -87,7 +87,9 @@ class Lead:
 
 RECIPE = PRESETS["bundled"]
 LEADS = {
-    "base": Lead("its preset: Muon 3e-3, v, log-normal noise about 0.7 ± 1.5, soft min-SNR, no attention at 16×16"),
+    "base": Lead(
+        "the bundled preset: Muon 3e-3, v, log-normal noise about 0.7 ± 1.5, soft min-SNR, no attention at 16×16"
+    ),
     "muon-5e-3": Lead("Muon at 5e-3", {"learning_rate": 5e-3}),
     "adamw": Lead("AdamW at 1e-3", {"optimizer": "adamw", "learning_rate": 1e-3}),
     "adamw-2e-3": Lead("AdamW at 2e-3", {"optimizer": "adamw", "learning_rate": 2e-3}),
@@ -97,7 +99,7 @@ LEADS = {
     ),
     "noise-0": Lead("noise about 0", {"noise_mean": 0.0}),
     "noise-1.4": Lead("noise about 1.4", {"noise_mean": 1.4}),
-    "plain": Lead("no weight: the base of old", {"weight": "plain"}),
+    "plain": Lead("plain weights, as the base once had", {"weight": "plain"}),
     "immiscible": Lead("noise assigned within the batch", twist=immiscible),
     "aligned": Lead("middle aligned with CLIP", twist=aligned),
     "ema-power": Lead("power-function EMA, a tenth of the training", twist=power_ema),

@@ -179,12 +179,12 @@ def refuse_several_splits(files: Sequence[str]) -> None:
     train = splits.pop("train", None)
     if train and splits:
         folder, _, _ = train[0].rpartition("/")
-        stems = ",".join(file[len(folder) + 1 :].rpartition(".")[0] for file in train)
-        alone = train[0] if len(train) == 1 else f"{folder}/{{{stems}}}.{train[0].rpartition('.')[2]}"
+        stems = [file[len(folder) + 1 :].rpartition(".")[0] for file in train[:3]] + ["…"] * (len(train) > 3)
+        alone = train[0] if len(train) == 1 else f"{folder}/{{{','.join(stems)}}}.{train[0].rpartition('.')[2]}"
         other = next(iter(splits.values()))[0]
         raise ValueError(
             f"--data: {train[0]} and {other} are of several splits by their names, and would be one set: name the "
-            f"files of one, as {alone} (or, to take them all, {train[0]}+{other})"
+            f"files of one, as {alone} (several sources are joined by +)"
         )
 
 

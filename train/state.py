@@ -24,7 +24,7 @@ from pipelines.files import checkpoints
 from train.zero import Zero
 
 # Settings with which every run may go on otherwise: of the machine, and what a loss that was no number asks for.
-MAY_CHANGE = ("output", "workers", "cache", "font", "checkpoint_every", "mixed_precision")
+ANY_RUN_MAY_CHANGE = ("output", "workers", "cache", "font", "checkpoint_every", "mixed_precision")
 
 
 def whole(value: Any, *, keep: bool = True) -> Any:
@@ -267,8 +267,8 @@ def resume(
     """The newest checkpoint of a run and its state, or None when there is none.
 
     Raises ValueError when the run was started with other settings than `config`, but for the fields `may_change` and
-    MAY_CHANGE. Raises it as well when the state names another "global_batch" than this one, the
-    pictures in an update of all processes.
+    ANY_RUN_MAY_CHANGE. Raises it as well when the state names another "global_batch" than this one, the pictures in an
+    update of all processes.
     """
     found = checkpoints(output)
     if not found:
@@ -278,7 +278,7 @@ def resume(
     for name in before.keys() & now.keys():  # what is several words now was one in runs of an earlier version
         if isinstance(before[name], str) and isinstance(now[name], list):
             before[name] = [before[name]] if before[name] else []
-    changed = [k for k in now if k not in (*may_change, *MAY_CHANGE) and k in before and before[k] != now[k]]
+    changed = [k for k in now if k not in (*may_change, *ANY_RUN_MAY_CHANGE) and k in before and before[k] != now[k]]
     if changed:
         told = "; ".join(f"{k}: {before.get(k)!r} before, {now[k]!r} now" for k in changed)
         raise ValueError(

@@ -114,7 +114,7 @@ class TarSource:
 
 def open_tars(files: list[Path], template: Template | None = None, *, bare: bool = False) -> TarSource:
     """Tars as one set; ValueError where too many examples lack a caption, or a picture. bare: captions are not read."""
-    where, captions, keys, unusable, total = [], [], [], [], 0
+    where, captions, keys, unusable, total, pictures = [], [], [], [], 0, 0
     there: set[str] = set()
     for number, file in enumerate(files):
         with open(file, "rb") as opened:
@@ -127,6 +127,7 @@ def open_tars(files: list[Path], template: Template | None = None, *, bare: bool
                 if sample.picture is None:
                     unusable.append(f"no picture: {key}")
                     continue
+                pictures += 1
                 try:
                     said = ("",) if bare else tar_captions(sample, str(file), template)
                 except ValueError as error:  # which names it
@@ -138,7 +139,7 @@ def open_tars(files: list[Path], template: Template | None = None, *, bare: bool
                 where.append((number, *sample.picture))
                 captions.append(said)
                 keys.append(key)
-    if total == sum(line.startswith("no picture: ") for line in unusable):
+    if not pictures:
         raise ValueError(f"no pictures in {files[0]}: expected files ending in {', '.join(sorted(PICTURES))}")
     if template:
         template.check(there, str(files[0]))
