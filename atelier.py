@@ -218,7 +218,7 @@ class Check:
     streaming: bool = False
     """Read .parquet and .tar files and sets of the hub as they come, without a copy on the disk."""
     text_encoder: str | None = None
-    """Model folder whose tokens are counted; the bundled one by default."""
+    """Model folder whose tokens are counted; the bundled one by default. "none": pictures need no captions."""
     workers: int = 2
     """That decode."""
     font: str | None = None

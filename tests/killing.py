@@ -25,7 +25,7 @@ def run_killed(
 
     kills: how often SIGKILL comes, each at a moment between the start and the end of a run. signals: one a run instead,
     which the last of its processes gets in its midst. Returns {"codes": [[exit codes of the processes of a run], …],
-    "seconds": […]}.
+    "seconds": […], "printed": what they all printed}.
     """
     job = json.dumps({"settings": settings, "processes": processes, "kills": kills, "signals": signals}, default=str)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -140,6 +140,7 @@ def _start(settings: dict[str, Any], processes: int, log: Path) -> list[int]:
 
             traceback.print_exc()
         finally:
+            sys.stdout.flush()
             os._exit(code)
     return children
 
@@ -180,7 +181,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     if any(codes[-1]):
         print(log.read_text()[-3000:])
         raise SystemExit(1)
-    return {"codes": codes, "seconds": seconds}
+    return {"codes": codes, "seconds": seconds, "printed": log.read_text()}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from scipy import special, stats
 
+import atelier
 from conditioning.context import Unconditional
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from pipelines.folder import Defaults, Model, save_model, scheduler_config
@@ -101,6 +102,18 @@ def test_the_bound_of_a_gaussian_model(in_pixels: Path, pictures: Path, tmp_path
         assert found["reconstruction"] + found["prior"] + found["denoising"] == pytest.approx(found["bits_per_dim"])
         assert 0 < found["prior"] < 1e-4 < found["reconstruction"]
     assert entropy(images) < exact_bound(images) < entropy(images) + 1
+
+
+def test_bits_are_printed(
+    in_pixels: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("bits", str(in_pixels), "--data", str(pictures), "--count", "4", "--rows", "20")
+    monkeypatch.setattr("sys.argv", ["atelier", *words])
+    atelier.main()
+    out = capsys.readouterr().out
+    found = measure_bits(str(in_pixels), str(pictures), count=4, rows=20)
+    assert f"{found['bits_per_dim']:.3f} ± {found['standard_error']:.3f} bits per dimension, 4 pictures" in out
+    assert f"the terms of the bound: reconstruction {found['reconstruction']:.3f}, prior " in out
 
 
 def test_the_other_form_has_the_same_mean(in_pixels: Path, pictures: Path, tmp_path: Path) -> None:

@@ -51,6 +51,25 @@ def flawed(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("tar", [False, True])
+def test_pictures_without_captions_are_for_those_who_read_none(
+    tar: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    data = tmp_path / "p"
+    if tar:
+        data = write_tar(tmp_path / "p.tar", *((f"{i}.png", png(size=(8 + i, 8))) for i in range(30)))
+    else:
+        fill(data, 30)
+    words = ("data", "check", data, "--workers", "0", *["--streaming"] * tar)
+    assert call(monkeypatch, *words) == 1 or tar
+    capsys.readouterr()
+    assert call(monkeypatch, *words, "--text-encoder", "none") == 0
+    out = capsys.readouterr().out
+    assert "training would" in out
+    assert "no caption" not in out
+    assert "tokens" not in out
+
+
 def test_everything_is_said(flawed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     words = ("--size", "64", "--buckets", "--multiple", "8", "--batch", "4", "--workers", "0")
     assert call(monkeypatch, "data", "check", flawed, *words) == 0

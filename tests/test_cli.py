@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import atelier
+import pipelines.web
 from pipelines import TextToImagePipeline
 
 ATELIER = Path(sys.executable).with_name("atelier")
@@ -191,6 +193,14 @@ def test_bits_and_classifiers_are_reached(model_folder: Path, tmp_path: Path, mo
         call(monkeypatch, "bits", model_folder, "--data", "nowhere")
     with pytest.raises(SystemExit, match=r"^error: .*nothing"):
         call(monkeypatch, "a fox", "--model", model_folder, "--steps", "1", "--classifier", tmp_path / "nothing")
+
+
+def test_the_page_listens_where_it_is_told(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Mock()
+    monkeypatch.setattr(pipelines.web, "page", page)
+    call(monkeypatch, "web", model_folder, "--host", "0.0.0.0", "--port", "81")
+    page.return_value.launch.assert_called_once_with(server_name="0.0.0.0", server_port=81)
+    assert isinstance(page.call_args.args[0], TextToImagePipeline)
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -1,6 +1,7 @@
 """A run that is killed at any moment, or told to end, goes on to the same bytes; and what stops one cleanly."""
 
 import dataclasses
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,9 @@ def test_a_run_killed_at_random_ends_with_the_same_bytes(settings: dict, tmp_pat
     names = ("SIGTERM", "SIGINT", "SIGUSR1")[: 3 // processes]
     told = run_killed(job, processes=processes, signals=names)
     assert told["codes"][:-1] == [[128 + getattr(signal, name)] * processes for name in names]
+    # What docs/training.md's script for SLURM looks for, to know whether to queue a job again.
+    ends = re.findall(r"(?m)^done|told to end", told["printed"])
+    assert ends == [*["told to end"] * len(names), "done"]
     same(tmp_path / "whole", tmp_path / "told")
 
 

@@ -166,7 +166,7 @@ def test_version_bounds_are_true_here() -> None:
         assert requirement.specifier.contains(version(requirement.name)), f"{requirement}: {version(requirement.name)}"
 
 
-def test_readme_holds_both_commands_and_no_dead_link() -> None:
+def test_readme_holds_both_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert 'make image PROMPT="an oil painting of a fox"' in text
     assert re.search(r"^make test\b", text, re.MULTILINE)
@@ -174,8 +174,37 @@ def test_readme_holds_both_commands_and_no_dead_link() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake (\w+)", re.sub(r"(?s)```.*?```", "", text))) <= targets | {"them", "a", "the"}
     assert set(re.findall(r"^make (\w+)", text, re.MULTILINE)) <= targets
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert link.startswith("https://") or (ROOT / link).exists(), f"README links to {link}"
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    """The files of the repository."""
+    found = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("not in a clone of the repository")
+    return [name for name in found.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    heads = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_no_dead_link(tracked: list[str]) -> None:
+    for name in (name for name in tracked if name.endswith(".md")):
+        for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", (ROOT / name).read_text(encoding="utf-8")):
+            if link.startswith("https://"):
+                continue
+            page = (ROOT / name).parent / link if link else ROOT / name
+            assert page.exists(), f"{name} links to {link}"
+            assert not anchor or anchor in anchors(page), f"{name} links to {link}#{anchor}"
+
+
+def test_sizes_that_were_promised(tracked: list[str]) -> None:
+    sizes = {name: (ROOT / name).stat().st_size for name in tracked}
+    assert sum(sizes.values()) < 40 * 2**20, "the checkout"
+    assert sum(size for name, size in sizes.items() if name.startswith("pipelines/bundled/")) <= 24 * 2**20
 
 
 @pytest.fixture

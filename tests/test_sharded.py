@@ -2,7 +2,8 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,10 +11,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import train.launch
+from pipelines.folder import load_model
 from tests.killing import run_killed
 from tests.training import UNET, paint, state
+from train.build import optimizer_for
 from train.settings import Config
 from train.state import checkpoints
+from train.trained import refuse_shards
+from train.zero import settle
 
 
 def small(pictures: Path, model_folder: Path, folder: Path) -> dict[str, Any]:
@@ -76,6 +82,57 @@ def test_a_sharded_run_saves_paints_and_goes_on_as_a_whole_one(
     run_killed(job | {"output": tmp_path / "two", "updates": 7})
     run_killed(halves | {"output": tmp_path / "one", "updates": 7}, processes=2)
     alike(state(tmp_path / "one"), state(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("asked", [{"lora_rank": 4}, {"token": "<x>"}, {"train": ("text_encoder",)}])
+def test_fsdp_refuses_what_it_can_not_shard(asked: dict[str, Any], model_folder: Path) -> None:
+    model = load_model(model_folder)
+    refuse_shards(model, Config())
+    with pytest.raises(ValueError, match="adapters, words, text encoders"):
+        refuse_shards(model, Config(model=str(model_folder), **asked))
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw8bit"])
+def test_shards_want_adamw(kind: str, optimizer: Any) -> None:
+    accelerator: Any = SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
+    with pytest.raises(ValueError, match=f"--optimizer {optimizer} .*{kind} shards them: take adamw"):
+        optimizer_for(torch.nn.Linear(2, 2), Config(optimizer=optimizer), accelerator)
+
+
+def test_other_scripts_refuse_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.launch, "sharding", lambda accelerator: "FSDP")
+    with pytest.raises(ValueError, match=r"^FSDP is for train/ldm\.py: .*gpus\.yaml"):
+        train.launch.start(None)
+
+
+def settled(zero: dict[str, Any], precision: str = "no") -> dict[str, Any]:
+    """DeepSpeed's config, once the loop has said what it has to."""
+    config = {"zero_optimization": zero, "bf16": {"enabled": True}}
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    settle(cast(Any, SimpleNamespace(state=state, mixed_precision=precision)))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "said"),
+    [
+        ({"stage": 3}, "no", "stage 3 is not supported: .*fsdp.yaml"),
+        ({"stage": 2}, "fp16", "fp16 is not supported with DeepSpeed: take bf16"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "no", "offloading is not supported"),
+        ({"stage": 1, "offload_optimizer": {"device": "nvme"}}, "no", "offloading is not supported"),
+    ],
+)
+def test_what_deepspeed_is_not_for(zero: dict[str, Any], precision: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        settled(zero, precision)
+
+
+def test_deepspeed_keeps_weights_in_float32() -> None:
+    settled({"stage": 2, "offload_optimizer": {"device": "none"}})
+    config = settled({"stage": 2}, "bf16")
+    assert not config["bf16"]["enabled"]
+    assert config["torch_autocast"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.slow

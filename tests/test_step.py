@@ -1,5 +1,6 @@
 """What one update is made of: its draws, its loss, its clipped gradient and its optimizer, each against its formula."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from train.inpainting import EVERYTHING, draw_mask, nothing_known, shown_beside
 from train.ldm import main
 from train.objective import denoising
 from train.settings import Config
+from train.state import checkpoints
 from train.taken import Taken
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -194,6 +196,29 @@ def test_weight_decay_reaches_the_optimizer(optimizer: str) -> None:
     optimizer_for(network, config, Accelerator(cpu=True)).step()
     for name, weight in network.named_parameters():
         torch.testing.assert_close(weight.detach(), before[name] * (1 - 0.5 * 0.1))
+
+
+def test_eight_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes \(.*\): install it, or take adamw"):
+        optimizer_for(nn.Linear(2, 2), Config(optimizer="adamw8bit"), Accelerator(cpu=True))
+
+
+def test_a_run_with_eight_bits(latents: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bitsandbytes would be given, which has no processor to run on here."""
+    given: list[dict] = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, weights: list[nn.Parameter], rate: float, **settings: Any) -> None:
+            given.append({"rate": rate, **settings, "contiguous": all(w.is_contiguous() for w in weights)})
+            super().__init__(weights, rate, **settings)
+
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(AdamW8bit=AdamW8bit))
+    config = replace(latents, output=tmp_path / "run", optimizer="adamw8bit", learning_rate=1e-3, weight_decay=0.1)
+    main(config)
+    assert given[-1] == {"rate": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1, "contiguous": True}
+    assert checkpoints(config.output)
 
 
 def test_gradient_checkpointing_is_done(latents: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,14 +78,18 @@ def test_texture_knows_four_directions(along, differ):
 
 
 def test_total_is_the_weighted_sum_of_the_terms():
-    output, target = some_pictures()
+    output, target = torch.rand(2, 2, 3, 24, 16, generator=torch.Generator().manual_seed(0))
     posterior = Posterior(torch.full((2, 4, 1, 2), 0.5), torch.zeros(2, 4, 1, 2))
-    weights = LossWeights(pixel=2.0, squared=3.0, gradient=0.0, kl=0.1, perceptual=0.5)
+    weights = LossWeights(pixel=2.0, squared=3.0, gradient=0.5, kl=0.1, texture=0.7, perceptual=0.5)
     perceptual = lambda a, b: (a - b).square().flatten(1).mean(1)  # noqa: E731
     total, terms = autoencoder_loss(output, target, posterior, weights, perceptual)
-    assert terms.keys() == {"pixel", "squared", "kl", "perceptual"}
+    alone = {"gradient": gradient_loss(output, target), "texture": texture_loss(output, target)}
+    assert terms.keys() == {"pixel", "squared", "kl", "perceptual", *alone}
+    for name, values in alone.items():
+        assert terms[name].tolist() == pytest.approx(values.tolist())
     assert all(term.shape == (2,) and not term.requires_grad for term in terms.values())
-    expected = 2 * terms["pixel"] + 3 * terms["squared"] + 0.1 * terms["kl"] + 0.5 * terms["perceptual"]
+    given = {"pixel": 2, "squared": 3, "gradient": 0.5, "kl": 0.1, "texture": 0.7, "perceptual": 0.5}
+    expected = sum(weight * terms[name] for name, weight in given.items())
     assert total.item() == pytest.approx(expected.mean().item(), rel=1e-6)
     assert kl_loss(posterior).tolist() == pytest.approx([0.125, 0.125])  # mean² / 2 nats for each value
     assert autoencoder_loss(output, target, posterior, LossWeights(0, 0, 0, 0))[0] == 0

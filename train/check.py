@@ -80,10 +80,12 @@ class Found:
         self.several += len(one.captions) > 1
 
     def report(self, size: int, text_encoder: str | None) -> Iterator[str]:
-        """The lines to print."""
+        """The lines to print. text_encoder: as of `check`."""
         yield from _some("cannot be used", [f"{key}: {error}" for key, error in self.unusable])
         yield from _sizes([s for s in self.sizes if s], size)
         yield from _some("are copies of another", [f"{key} = {first}" for key, first in self.copies])
+        if text_encoder == "none":
+            return
         yield (
             f"captions: {self.captions.total():,}, {len(self.captions):,} of them different; {self.several:,} pictures "
             "have several"
@@ -118,9 +120,11 @@ def check(
     """Decodes every picture, prints what was found, and says whether a training would start.
 
     multiple: of the buckets' sides, in pixels. batch: pictures of an update; buckets with fewer are merged.
-    text_encoder: the model whose tokens are counted, the bundled one by default. Raises ValueError for what `--data`
-    cannot be at all (`train.sources.open_source`, `train.shards.open_shards`).
+    text_encoder: the model whose tokens are counted, the bundled one by default; "none" for a training that reads no
+    captions. Raises ValueError for what `--data` cannot be at all (`train.sources.open_source`,
+    `train.shards.open_shards`).
     """
+    reads = text_encoder != "none"
     streaming = streaming or any(is_remote(name) for _, name in split_parts(data))
     if buckets and streaming:
         raise ValueError("--buckets needs the sizes of all pictures beforehand, which a stream has not")
@@ -129,7 +133,7 @@ def check(
     parts = split_parts(data)
     if streaming:
         for _, name in parts:
-            shards = open_shards(name, template)
+            shards = open_shards(name, template, captions=reads)
             print(f"{name}: captions: {shards.origin}")
             for one in tqdm(_of_shards(shards, size, workers), desc="checking", unit="pictures"):
                 found.add(one, name)
@@ -139,7 +143,7 @@ def check(
                 found.parts.setdefault(name, Part()).refused = str(error)
         print(f"{len(found.sizes):,} rows")
     else:
-        source = open_source(data, size, font=font, template=template)
+        source = open_source(data, size, font=font, template=template, captions=reads)
         print(describe(source, None if buckets else size))
         opened = zip(parts, parts_of(source), strict=True)
         names = itertools.chain.from_iterable(itertools.repeat(name, len(part)) for (_, name), (part, _) in opened)
