@@ -98,6 +98,7 @@ class Network(nn.Module):
     """A module with a config and weights that other tools can open; it is built from the config alone."""
 
     config_class: ClassVar[type[ModelConfig]]
+    exact: ClassVar[tuple[str, ...]] = ()  # buffers that are never brought to 16 bits
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Self:
@@ -107,6 +108,15 @@ class Network(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch; the attention keys of old folders are understood as well."""
         return super().load_state_dict(rename_old_keys(state_dict), strict=strict, assign=assign)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `to` and its like do: moves and casts everything, but moves alone what is `exact`."""
+        kept = {name: getattr(self, name) for name in self.exact}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            if not value.is_meta:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

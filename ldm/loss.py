@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import Context, Denoiser, noised, per_picture, row_before, widened
-from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
+from ldm.schedule import EDM, SIGMA_INFINITY, NoiseSchedule, RectifiedFlow, VariancePreserving
 
 Weight = Callable[[Tensor], Tensor]  # sigma [B] -> weight [B] on the square error of x_0
 
@@ -109,10 +109,16 @@ class MinSNR:
     """Signal-to-noise ratio, at most gamma (arXiv:2303.09556): the same for epsilon and v on x_0's error.
 
     It fades as sigma grows; floor keeps it from going below (a step of pure noise would not be trained at all).
+
+    Raises ValueError unless 0 <= floor <= gamma and gamma > 0.
     """
 
     gamma: float = 5.0
     floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.gamma > 0 and 0 <= self.floor <= self.gamma):
+            raise ValueError(f"min_snr takes 0 <= floor <= gamma and gamma > 0; got {self.floor=:g}, {self.gamma=:g}")
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return (sigma**-2).clamp(self.floor, self.gamma)
@@ -245,7 +251,9 @@ def training_weight(
         table = isinstance(noise, UniformTime) and isinstance(noise.schedule, VariancePreserving)
         return DiscreteELBO(denoiser.schedule) if table else ContinuousELBO(noise)
     if name in ("min_snr", "soft_min_snr"):
-        if denoiser.schedule.clamped and (floor <= 0 or name == "soft_min_snr"):
+        # Of epsilon's own error it is never little.
+        fades = denoiser.schedule.sigma_max >= SIGMA_INFINITY and denoiser.prediction != "epsilon"
+        if fades and (floor <= 0 or name == "soft_min_snr"):
             raise ValueError(
                 f"{name} gives pure noise no weight, and this schedule ends in it: its last step would stay untrained; "
                 "take min_snr with a floor, 0.01 for instance, or the plain weight"

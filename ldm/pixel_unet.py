@@ -40,6 +40,7 @@ class PixelUNetConfig(ModelConfig):
     norm: str = "batch"  # or "group"
     norm_num_groups: int = 32  # of group normalisation
     condition_channels: int = 8  # width of the embeddings of noise and class
+    timestep_scale: float = 1.0  # on the clock, before its Fourier features: EDM's spans 2.6, a table's rows a thousand
     num_class_embeds: int | None = None  # classes and their null; None: unconditional
 
     class_name: ClassVar[str] = "PixelUNet"
@@ -138,6 +139,7 @@ class PixelUNet(Network):
     frequencies: Tensor
 
     config_class = PixelUNetConfig
+    exact = ("frequencies",)  # in 16 bits they would be those of other features
 
     def __init__(self, config: PixelUNetConfig):
         super().__init__()
@@ -157,7 +159,8 @@ class PixelUNet(Network):
     def forward(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Args:
             sample: [B, in_channels, H, W], sides of at least 2^(levels - 1); the network's `x_t`.
-            timestep: [B] or one number: EDM's clock, log(sigma) / 4.
+            timestep: [B] or one number of the schedule's clock, which times `timestep_scale` is about EDM's,
+                log(sigma) / 4, in how far it runs.
             class_labels: [B], where the config has classes.
 
         Returns:
@@ -170,7 +173,8 @@ class PixelUNet(Network):
             wanted = "needs class_labels [B]" if class_labels is None else "has no classes: leave class_labels out"
             raise ValueError(f"This network {wanted}.")
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        angle = 2 * math.pi * timestep.float()[:, None] * self.frequencies.float()
+        clock = self.config.timestep_scale * timestep.float()
+        angle = 2 * math.pi * clock[:, None] * self.frequencies.float()
         condition = torch.cat([angle.cos(), angle.sin()], dim=1).to(sample.dtype)
         if self.class_embedding is not None and class_labels is not None:
             condition = condition + self.class_embedding(class_labels)

@@ -92,7 +92,8 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = N
     weights, file = network.state_dict(), folder / f"{STEM}.safetensors"
     if dtype is torch.int8:
         weights, file, dtype = quantize(weights), folder / f"{STEM}.int8.safetensors", None
-    weights = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
+    exact = getattr(network, "exact", ())
+    weights = {name: w.detach().to("cpu", None if name in exact else dtype).contiguous() for name, w in weights.items()}
     save_file(weights, file, metadata={"format": "pt"})
     for other in folder.glob(f"{STEM}*.safetensors*"):  # shards, 16 bits: of a model that was here before
         if other != file:

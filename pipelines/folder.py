@@ -166,6 +166,8 @@ def scheduler_config(
     of_class: dict[str, Any] = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
     if learned_variance:
         of_class = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
+    # The cosine table's last row is all but pure noise, sigma 20291, times which an error of epsilon is in x_0.
+    begins_late = name == "squaredcos_cap_v2" and prediction in ("epsilon", "mean")
     return {
         **of_class,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -178,7 +180,7 @@ def scheduler_config(
         "clip_sample": False,
         "clip_sample_range": 1.0,
         "steps_offset": 1,
-        "timestep_spacing": "trailing",
+        "timestep_spacing": "leading" if begins_late else "trailing",
         "thresholding": False,
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,

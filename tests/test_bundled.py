@@ -36,9 +36,9 @@ def away(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray
 
 
 def right_looks(pipe: TextToImagePipeline, name: str) -> tuple[int, int]:
-    """Of pictures of an object in the six styles those to which, of drawings of it on that ground, the one in that style
-    is the nearest, and, of drawings in that style, the one on that ground. (Of drawings themselves that are 9 in 10
-    styles, of pictures drawn without regard to it one in six.)"""
+    """Of pictures of an object in the six styles those to which, of drawings of it on that ground, the one in that
+    style is the nearest, and, of drawings in that style, the one on that ground. (Of drawings themselves that are 9 in
+    10 styles, of pictures drawn without regard to it one in six.)"""
     rows = list(zip(STYLES, GROUNDS, strict=False))
     images = pipe([captions(name, *row)[0] for row in rows], seed=1).images
     styles = grounds = 0

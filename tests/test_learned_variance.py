@@ -25,6 +25,7 @@ from pipelines import TextToImagePipeline
 from pipelines.folder import Model, for_atelier_alone, load_model, save_model, scheduler_config
 from tests.conftest import tiny_model
 from train.ldm import main
+from train.objective import denoising
 from train.settings import SMALL, Config
 from train.state import checkpoints
 
@@ -297,6 +298,12 @@ def test_what_does_not_fit_is_refused():
             variance(x, 1.0)
     with pytest.raises(ValueError, match="--learned-variance"):
         Config(model="bundled", learned_variance=True)
+
+
+@pytest.mark.parametrize("other", [{"huber": 0.1}, {"perturbation": 0.1}])
+def test_what_its_loss_has_no_room_for_is_refused_in_fine_tuning_too(learned_model: Model, other: dict):
+    with pytest.raises(ValueError, match="learned variance has a loss of its own: leave out --huber and --perturb"):
+        denoising(learned_model, Config(model="its folder", **other), lambda captions: {})
 
 
 @pytest.mark.usefixtures("in_process")

@@ -302,6 +302,25 @@ def test_min_snr_at_pure_noise_is_floored_or_refused():
     assert weight(torch.tensor([SIGMA_INFINITY, 1.0, 0.1])).tolist() == pytest.approx([0.02, 1.0, 5.0])
 
 
+def test_min_snr_on_the_cosine_table_leaves_no_last_step_untrained():
+    """It is no clamped one, but ends at sigma 20291; of epsilon's own error the weight there is 1, of v's 2e-9."""
+    cosine = VariancePreserving.cosine()
+    top = torch.tensor([cosine.sigma_max])
+    for name in ("min_snr", "soft_min_snr"):
+        with pytest.raises(ValueError, match="last step would stay untrained"):
+            training_weight(name, Denoiser(Network(), cosine, "v"), UniformTime(cosine))
+        denoiser = Denoiser(Network(), cosine, "epsilon")
+        weight = training_weight(name, denoiser, UniformTime(cosine))
+        of_epsilon = weight(top) / training_weight("plain", denoiser, UniformTime(cosine))(top)
+        assert float(of_epsilon) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize(("gamma", "floor"), [(0.0, 0.0), (-1.0, 0.0), (5.0, 10.0), (5.0, -0.1), (math.nan, 0.0)])
+def test_min_snr_takes_what_is_a_weight(gamma, floor):
+    with pytest.raises(ValueError, match="min_snr takes 0 <= floor <= gamma and gamma > 0"):
+        MinSNR(gamma, floor)
+
+
 def test_bad_choices_say_what_there_is():
     denoiser = Denoiser(Network(), VP, "v")
     with pytest.raises(ValueError, match=r"one of uniform, log_normal, logit_normal; got 'cosine'"):

@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import train.vae
 from ldm.blocks import Network
 from ldm.pixel_unet import ConditionalNorm, PixelUNet, PixelUNetConfig, SelfAttention
 from pipelines import TextToImagePipeline
-from pipelines.files import save_network
+from pipelines.files import open_network, save_network
 from pipelines.folder import Model, for_atelier_alone, load_model, scheduler_config
+from train.build import build
 from train.config import parse
 from train.ldm import main
 from train.presets import PRESETS
 from train.set_presets import LECTURE, SMALL_SETS
+from train.settings import Config
 from train.sources import open_source
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 
@@ -92,6 +95,42 @@ def test_what_it_looks_at(side: int, classes: int | None) -> None:
     else:
         with pytest.raises(ValueError, match="has no classes"):
             network(x, 0.1, torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("path", ["linear", "scaled_linear", "cosine", "edm", "flow"])
+def test_neighbouring_noise_levels_look_alike_to_it(path: str, picture_folder: Path) -> None:
+    """And distant ones differ, on every clock: so it can know how much noise there is."""
+    prediction = {"edm": "edm", "flow": "velocity"}.get(path, "v")
+    config = Config(data=str(picture_folder), vae="grey", text_encoder="none", unet=SMALL, size=8)
+    model = build(replace(config, path=path, prediction=prediction), None)  # type: ignore[arg-type]
+    told: list[torch.Tensor] = []
+    norm = next(module for module in model.unet.modules() if isinstance(module, ConditionalNorm))
+    norm.register_forward_pre_hook(lambda _, given: told.append(given[1]))
+    for sigma in (0.05, 0.5, 5.0):
+        for near in (sigma, 1.01 * sigma, 8 * sigma):
+            model.unet(torch.zeros(1, 1, 8, 8), model.schedule.timestep(near))
+        here, near, far = told[-3:]
+        alike = torch.cosine_similarity(torch.cat([near, far]), here)
+        assert alike[0] > 0.998, sigma
+        assert alike[1] < alike[0], sigma
+
+
+def test_in_16_bits_it_knows_the_same_noise_levels(tmp_path: Path) -> None:
+    """Its frequencies are never rounded: neither by a cast, nor in a file, nor when the file is opened in 16 bits."""
+    network = PixelUNet(SMALL).eval()
+    frequencies = network.frequencies.clone()
+    save_network(network, tmp_path, torch.bfloat16)
+    opened = open_network(PixelUNet, tmp_path, torch.bfloat16)
+    for other in (
+        opened,
+        open_network(PixelUNet, tmp_path),
+        network.to(torch.bfloat16),
+        network.half(),
+        network.to("cpu"),
+    ):
+        assert other.frequencies.equal(frequencies)
+    assert opened.dtype == torch.bfloat16
+    assert load_file(next(tmp_path.glob("*.safetensors")))["conv_in.weight"].dtype == torch.bfloat16
 
 
 def test_its_config_survives_and_bad_ones_are_refused() -> None:

@@ -211,7 +211,7 @@ def test_bfloat16_trains_float32_weights(latents: Config, tmp_path: Path, monkey
         {"path": "edm", "prediction": "edm", "weight": "edm"},
         {"path": "linear", "prediction": "epsilon", "noise": "uniform", "weight": "min_snr"},
         {"path": "cosine", "prediction": "sample", "noise": "uniform", "weight": "elbo"},
-        {"zero_snr": True, "weight": "x0"},
+        {"zero_snr": True, "weight": "x0", "noise": "uniform", "noise_mean": None, "noise_std": None},
         {"text_encoder": "labels"},
         {"text_encoder": "none"},
         {"caption_dropout": 0.0, "guidance_scale": 1.0},

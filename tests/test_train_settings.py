@@ -23,6 +23,8 @@ from train.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
+UNIFORM = {"noise": "uniform", "noise_mean": None, "noise_std": None}
+
 
 def test_settings_that_are_left_open() -> None:
     assert (settled(Config(), "bf16").noise_mean, settled(Config(), "bf16").mixed_precision) == (0.4, "bf16")
@@ -80,8 +82,9 @@ def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
         ({"path": "flow"}, "v-prediction needs"),
         ({"path": "flow", "prediction": "velocity", "zero_snr": True}, "zero.snr"),
         ({"noise": "log_normal", "noise_std": 0.0}, "std"),
-        ({"weight": "min_snr", "zero_snr": True}, "min_snr gives pure noise no weight"),
-        ({"weight": "soft_min_snr", "zero_snr": True}, "soft_min_snr gives pure noise no weight"),
+        ({"zero_snr": True}, "log_normal noise all but never shows the pure noise"),
+        ({**UNIFORM, "weight": "min_snr", "zero_snr": True}, "min_snr gives pure noise no weight"),
+        ({**UNIFORM, "weight": "soft_min_snr", "zero_snr": True}, "soft_min_snr gives pure noise no weight"),
     ],
 )
 def test_runs_that_make_no_sense_are_refused(
@@ -141,7 +144,7 @@ def test_guidance_interval_and_min_snr_reach_the_model(
     weight = train.objective.training_weight
     monkeypatch.setattr(train.objective, "training_weight", lambda *a, **kw: given.update(kw) or weight(*a, **kw))
     config = replace(pixels, weight="min_snr", min_snr_gamma=4.0, min_snr_floor=0.1, guidance_interval=(0.3, 2.0))
-    run = main(replace(config, output=tmp_path, zero_snr=True))
+    run = main(replace(config, output=tmp_path, zero_snr=True, **UNIFORM))
     assert load_model(run).defaults.guidance_interval == (0.3, 2.0)
     assert given == {"gamma": 4.0, "floor": 0.1}
 

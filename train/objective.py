@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conditioning.context import Context
 from ldm.loss import HybridLoss, Weight, denoising_loss, training_noise, training_weight
+from ldm.schedule import VariancePreserving
 from pipelines.folder import Model
 from train.settings import Config
 
@@ -21,6 +22,13 @@ class Objective(NamedTuple):
 def denoising(model: Model, config: Config, contexts: Callable[[list[str]], Context] | Any) -> Objective:
     """Estimates of the clean latents: diffusion training."""
     levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
+    if config.noise != "uniform" and model.schedule.clamped and isinstance(model.schedule, VariancePreserving):
+        raise ValueError(  # once in a hundred million draws, by the mean and deviation that are usual here
+            f"{config.noise} noise all but never shows the pure noise that a table with zero terminal SNR ends in, "
+            "where sampling begins: take --noise uniform"
+        )
+    if model.learned_variance and (config.huber or config.perturbation):
+        raise ValueError("a learned variance has a loss of its own: leave out --huber and --perturbation")
     floor, gamma = config.min_snr_floor, config.min_snr_gamma
     weight = training_weight(config.weight, model.denoiser, levels, gamma=gamma, floor=floor)
     loss = HybridLoss(model.denoiser) if model.learned_variance else partial(denoising_loss, huber=config.huber)
