@@ -67,6 +67,7 @@ def test_samples_beside_training(
     share = near["share_of_samples_nearer_than_1%_of_held_out"]
     assert f"nearer than the nearest 1% of fresh drawings are {share:.1%} of {len(rows)} samples" in said
     assert likeness["pictures"] == len(rows)
+    assert "singular" not in said
     for kind in ("samples", "other_drawings"):  # both are drawings that the others were not made from
         frechet = likeness[kind]["frechet"]
         assert 0 < frechet < 2 * likeness["other_drawings"]["frechet"]
@@ -86,6 +87,8 @@ def test_samples_beside_training(
     assert near["pictures"] == counts
     assert f"{len(rows)} of fresh drawings {near['held_out_hash']}; extractor {near['extractor']}]" in said
     assert json.loads(json.dumps(found)) == found
+    beside_training(images[:10], rows[:10], alike, judge, tmp_path / "few", **options)  # type: ignore[arg-type]
+    assert "warning: 10 samples, and 16 features" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "neighbours.png") as sheet:
         assert sheet.width > 500
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -376,7 +377,16 @@ def test_copies_of_the_training_set_are_found_out(measuring: Measuring, referenc
     known = measure(replace(how, reference=str(reference), out=tmp_path / "same"))["memorisation"]
     assert known["held_out_that_are_in_training"] == 20
     assert known["share_of_samples_nearer_than_1%_of_held_out"] is None  # nothing tells how near is too near
+    assert known["held_out_to_training"] is known["ratio"] is None
     assert "all of the reference are in the training set" in in_words(known, "the reference")[0]
+    # Those of the held-out pictures that are in it don't bring the others nearer.
+    shutil.copytree(tmp_path / "held_out", tmp_path / "both")
+    for file in reference.iterdir():
+        (tmp_path / "both" / f"known-{file.name}").write_bytes(file.read_bytes())
+    mixed = measure(replace(how, reference=str(tmp_path / "both"), out=tmp_path / "mixed"))["memorisation"]
+    assert mixed["held_out_that_are_in_training"] == 20
+    assert mixed["held_out_to_training"] == pytest.approx(found["held_out_to_training"])
+    assert mixed["ratio"] == pytest.approx(found["ratio"], abs=1e-4)
     assert "copies_to_training" not in found  # of a folder: there is no autoencoder to bring copies through
     # Against another training set nothing of the former one is left in the file.
     file = how.out / "metrics.json"

@@ -1,6 +1,6 @@
 """Writes the bundled model: what its trainings left, in 8 bits, as the package carries it.
 
-python train/bundle.py --model runs/bundled-2 --vae runs/crisper --clip runs/bundled-clip --student runs/student
+python train/bundle.py --model runs/bundled-3 --vae runs/textured --clip runs/bundled-clip --student runs/student
 """
 
 import shutil

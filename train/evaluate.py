@@ -33,7 +33,7 @@ from train.neighbours import copies, in_words, memorisation
 from train.pictograms import GROUNDS, STYLES, Pictograms, Row, captions, is_drawn, objects_of, paint
 from train.pictures import digest
 from train.recogniser import Recogniser
-from train.reference import InMemory, Reference, open_reference
+from train.reference import InMemory, Reference, open_reference, warn_of_few
 from train.results import counted, in_percent, write_result
 from train.samples import NOTES, Painting, open_painter, paint_samples
 from train.sources import open_source
@@ -184,6 +184,7 @@ def beside_training(
     for name, found in likeness.items():
         said = ", ".join(f"{metric} {value:.4g}" for metric, value in found.items())
         print(f"{len(rows)} {name.replace('_', ' ')} among {fresh}: {said} ({of})")
+    warn_of_few(ours, "samples", print)
     near = memorisation(ours, theirs, training, out / "neighbours.png", learnt, f"{judge}, {extractor.digest}")
     spread = {"of_a_prompt": apart, "of_its_drawings": drawings, "prompts": len(rows[:ALIKE]), "each": EACH}
     for line in in_words(near, "fresh drawings"):

@@ -4,7 +4,7 @@ Every number is said with what it hangs on: the extractor and its hash, the coun
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,7 @@ from train.metrics import clip_score, diversity, frechet_distance, kernel_distan
 from train.neighbours import copies, in_words, memorisation
 from train.pictures import digest
 from train.recogniser import Recogniser
-from train.reference import Reference, open_reference
+from train.reference import Reference, open_reference, warn_of_few
 from train.results import joined, write_result
 from train.samples import (
     NOTES,
@@ -200,16 +200,6 @@ def _clip_alone(how: Measuring) -> bool:
     return bool(how.clip) and not how.training and set(how.wanted) <= {"clip", "bpd"}
 
 
-def _warn_of_few(samples: Reference, reference: Reference, say: Callable[[str], None]) -> None:
-    dim = samples.moments().mean.numel()
-    for count, what in ((len(samples), "samples"), (len(reference), "pictures of --reference")):
-        if count <= dim:
-            say(
-                f"warning: {count} {what}, and {dim} features: a covariance of fewer pictures than features is "
-                "singular, and the Fréchet distance far off; compare it only at equal counts"
-            )
-
-
 def _of_features(
     how: Measuring, pipe: TextToImagePipeline | None, accelerator: Accelerator, result: dict[str, Any]
 ) -> None:
@@ -268,7 +258,8 @@ def _of_features(
     if not _clip_alone(how):
         result["extractor"] = extractor.described()
     if "fid" in how.wanted:
-        _warn_of_few(samples, reference, say)
+        warn_of_few(samples, "samples", say)
+        warn_of_few(reference, "pictures of --reference", say)
     for found in _numbers(how, samples, reference, extractor, clip, embedded):
         result["metrics"].append(found)
         say(_line(found, size, reference, clip if found["metric"] == "clip" else extractor))

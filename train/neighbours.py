@@ -34,7 +34,7 @@ def in_words(found: dict[str, Any], held_out: str) -> list[str]:
         nearer = f"nearer than the nearest {NEAR:.0%} of {held_out} are {share:.1%} of {counts['samples']} samples"
     lines = [
         f"distance to the nearest training picture, median: of samples {found['samples_to_training']:.4g}, "
-        f"of {held_out} {found['held_out_to_training']:.4g}; {nearer}; side by side in {found['sheet']} "
+        f"of {held_out} {_said(found['held_out_to_training'])}; {nearer}; side by side in {found['sheet']} "
         f"[{counts['training']} training pictures {found['training_hash']}, {counts['held_out']} of {held_out} "
         f"{found['held_out_hash']}; extractor {found['extractor']}]"
     ]
@@ -49,6 +49,10 @@ def in_words(found: dict[str, Any], held_out: str) -> list[str]:
             "less like copies beside them than they are; compare with pictures that the model never saw"
         )
     return lines
+
+
+def _said(distance: float | None) -> str:
+    return "none" if distance is None else f"{distance:.4g}"
 
 
 def copies(training: Reference, vae: Autoencoder, count: int, out: Path, accelerator: Accelerator) -> FolderSource:
@@ -88,9 +92,9 @@ def memorisation(
     learnt: what `copies` makes, which shows whether copies would be seen: an autoencoder changes pictures as well.
 
     Returns the medians of the distances to the nearest training picture, their ratio, and which share of the samples is
-    nearer than all but NEAR of the held-out pictures are, without those that are in the training set: about NEAR where
-    nothing is memorised, 1 in n + 1 where these n are fewer than 1 / NEAR, None where there are none of them. With
-    `learnt` the same two of those.
+    nearer than all but NEAR of the held-out pictures are: about NEAR where nothing is memorised, 1 in n + 1 where these
+    n are fewer than 1 / NEAR. Held-out pictures that are in the training set count in neither; where there are no
+    others, all that is of them is None. With `learnt` the same two of those.
     """
     known = training.features()
     distances, indices = nearest(samples.features(), known)
@@ -105,10 +109,10 @@ def memorisation(
         said += ["sample", f"nearest in training, at {float(ours[row]):.3g}"]
     sheet.parent.mkdir(parents=True, exist_ok=True)
     grid(tiles, said, columns=8).save(sheet)
-    one, other = float(ours.median()), float(theirs.median())
     same = theirs < SAME * known.square().sum(1).mean().sqrt()
     apart = theirs[~same]  # beside pictures that are in the training set nothing would look like a copy
     near = apart.quantile(NEAR, interpolation="lower") if len(apart) else None
+    one, other = float(ours.median()), float(apart.median()) if len(apart) else None
 
     def share(distances: torch.Tensor) -> float | None:
         return None if near is None else float((distances < near).double().mean())

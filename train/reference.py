@@ -2,7 +2,7 @@
 extractor's weights, written in shards by as many processes as there are, so that a killed run goes on where it was."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,16 @@ class Reference:
     def picture(self, row: int) -> Image.Image:
         """As the extractor was shown it, but for its own resizing."""
         return Image.fromarray(fit(self.source[self.rows[row]].image, self.size))
+
+
+def warn_of_few(pictures: Reference, what: str, say: Callable[[str], None]) -> None:
+    """Says that their Fréchet distance is one of too few pictures, where it is."""
+    count, dim = len(pictures), pictures.moments().mean.numel()
+    if count <= dim:
+        say(
+            f"warning: {count} {what}, and {dim} features: a covariance of fewer pictures than features is singular, "
+            "and the Fréchet distance far off; compare it only at equal counts"
+        )
 
 
 @dataclass
