@@ -118,7 +118,9 @@ class MinSNR:
 
     def __post_init__(self) -> None:
         if not (self.gamma > 0 and 0 <= self.floor <= self.gamma):
-            raise ValueError(f"min_snr takes 0 <= floor <= gamma and gamma > 0; got {self.floor=:g}, {self.gamma=:g}")
+            raise ValueError(
+                f"min_snr takes 0 <= floor <= gamma and gamma > 0; got floor={self.floor:g}, gamma={self.gamma:g}"
+            )
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return (sigma**-2).clamp(self.floor, self.gamma)
@@ -232,7 +234,8 @@ def training_weight(
 
     Raises:
         ValueError: an unknown name; or min-SNR without a floor, or its soft kind, on a schedule that ends in pure
-            noise, where its weight, 6e-8, would leave the last step untrained; or another than "elbo" for the
+            noise, where their weight, 6e-8 or less, would leave the last step untrained (but of epsilon's own error it
+            is 1); or another than "elbo" for the
             prediction "mean".
     """
     if denoiser.prediction == "mean" and name != "elbo":

@@ -238,7 +238,7 @@ class Grid:
     Attributes:
         spacing: "leading", "trailing" or "linspace" over the rows of the schedule's table (arXiv:2305.08891, table 2);
             or "karras" (rho = 7, arXiv:2206.00364, equation 5) or "exponential" (even in log sigma) between two levels.
-        offset: rows added to every leading step (diffusers' steps_offset).
+        offset: rows added to every leading step (diffusers' steps_offset), or as many as there are after the first.
         final: where the last step ends: "zero", or "sigma_min", the schedule's lowest level.
         extra: 1 to space steps + 1 points, or levels of a ramp, and drop the last (DPM++), else 0.
         whole: round linspace to whole rows.
@@ -295,13 +295,8 @@ def _rows(schedule: NoiseSchedule, steps: int, grid: Grid) -> Tensor:
     if points > rows:
         raise ValueError(f"{spacing} spacing has at most {rows - grid.extra} steps on this schedule, got steps={steps}")
     if spacing == "leading":
-        visited = torch.arange(points, dtype=torch.float64).flip(0)[:steps] * (rows // points) + grid.offset
-        if visited[0] >= rows:
-            raise ValueError(
-                f"{steps} leading steps with offset {grid.offset} begin at row {visited[0]:.0f}, after the last one "
-                f"({rows - 1}): take fewer steps or a smaller offset"
-            )
-        return visited
+        visited = torch.arange(points, dtype=torch.float64).flip(0)[:steps] * (rows // points)
+        return visited + min(grid.offset, rows - 1 - int(visited[0]))  # all rows at most, where theirs has one too many
     if spacing == "trailing":
         # numpy's arange, because its rounding decides rows that fall on a half, and diffusers uses it.
         return torch.from_numpy(np.arange(rows, 0, -rows / steps)[:steps].round() - 1)

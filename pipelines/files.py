@@ -90,10 +90,11 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = N
     """
     write_json(folder / "config.json", network.config.to_dict())  # type: ignore[operator, union-attr]
     weights, file = network.state_dict(), folder / f"{STEM}.safetensors"
+    exact = {name: weights.pop(name) for name in getattr(network, "exact", ())}
     if dtype is torch.int8:
         weights, file, dtype = quantize(weights), folder / f"{STEM}.int8.safetensors", None
-    exact = getattr(network, "exact", ())
-    weights = {name: w.detach().to("cpu", None if name in exact else dtype).contiguous() for name, w in weights.items()}
+    weights = {name: w.to("cpu", dtype) for name, w in weights.items()} | exact
+    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
     save_file(weights, file, metadata={"format": "pt"})
     for other in folder.glob(f"{STEM}*.safetensors*"):  # shards, 16 bits: of a model that was here before
         if other != file:

@@ -166,7 +166,8 @@ def scheduler_config(
     of_class: dict[str, Any] = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
     if learned_variance:
         of_class = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
-    # The cosine table's last row is all but pure noise, sigma 20291, times which an error of epsilon is in x_0.
+    # The cosine table's last row is all but pure noise, sigma 20291, times which an error of epsilon is in x_0. With
+    # fewer than 500 leading steps it is left out.
     begins_late = name == "squaredcos_cap_v2" and prediction in ("epsilon", "mean")
     return {
         **of_class,

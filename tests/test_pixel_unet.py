@@ -119,18 +119,19 @@ def test_in_16_bits_it_knows_the_same_noise_levels(tmp_path: Path) -> None:
     """Its frequencies are never rounded: neither by a cast, nor in a file, nor when the file is opened in 16 bits."""
     network = PixelUNet(SMALL).eval()
     frequencies = network.frequencies.clone()
-    save_network(network, tmp_path, torch.bfloat16)
-    opened = open_network(PixelUNet, tmp_path, torch.bfloat16)
-    for other in (
-        opened,
-        open_network(PixelUNet, tmp_path),
-        network.to(torch.bfloat16),
-        network.half(),
-        network.to("cpu"),
-    ):
-        assert other.frequencies.equal(frequencies)
-    assert opened.dtype == torch.bfloat16
-    assert load_file(next(tmp_path.glob("*.safetensors")))["conv_in.weight"].dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.int8):
+        save_network(network, tmp_path, dtype)
+        weights = load_file(next(tmp_path.glob("*.safetensors")))
+        assert weights["conv_in.weight"].dtype == dtype
+        assert weights["frequencies"].equal(frequencies)
+        for opened in (torch.bfloat16, torch.float32):
+            other = open_network(PixelUNet, tmp_path, opened)
+            assert other.frequencies.equal(frequencies)
+            assert other.dtype == opened
+    for cast in (lambda: network.to(torch.bfloat16), network.half, lambda: network.to("cpu", torch.float64)):
+        cast()
+        assert network.frequencies.equal(frequencies)
+        assert network.frequencies.dtype == torch.float32
 
 
 def test_its_config_survives_and_bad_ones_are_refused() -> None:

@@ -83,6 +83,7 @@ def test_bad_settings_are_refused_by_name(settings: dict, words: str) -> None:
         ({"path": "flow", "prediction": "velocity", "zero_snr": True}, "zero.snr"),
         ({"noise": "log_normal", "noise_std": 0.0}, "std"),
         ({"zero_snr": True}, "log_normal noise all but never shows the pure noise"),
+        ({"path": "cosine"}, "log_normal noise all but never shows .*take --noise uniform"),
         ({**UNIFORM, "weight": "min_snr", "zero_snr": True}, "min_snr gives pure noise no weight"),
         ({**UNIFORM, "weight": "soft_min_snr", "zero_snr": True}, "soft_min_snr gives pure noise no weight"),
     ],

@@ -78,7 +78,7 @@ def _build(config: Config, checkpoint: Path | None) -> Model:
         kind = replace(kind, addition_embed_type="text_time", **sizes)
         conditioner.size = size
     unet = fitted(kind, vae.latent_channels, size // vae.downscale, classes, text)
-    if isinstance(unet, PixelUNetConfig) and config.path not in ("flow", "edm"):
+    if isinstance(unet, PixelUNetConfig) and config.path not in ("flow", "edm") and unet.timestep_scale == 1:
         unet = replace(unet, timestep_scale=1 / 400)  # a thousand rows run as far as EDM's clock does
     if config.learned_variance:
         unet = replace(unet, out_channels=2 * vae.latent_channels)

@@ -94,6 +94,8 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
     if sharding(accelerator) == "FSDP":
         refuse_shards(model, config)
     make_trainable(model, config, found and found[0])
+    if objective is denoising:
+        denoising(model, config, None)  # what it refuses is refused before everything is read and computed
 
     # The data: latents, and the context of every caption.
     data = config.data

@@ -45,8 +45,7 @@ def in_words(found: dict[str, Any], held_out: str) -> list[str]:
         )
     if known := found["held_out_that_are_in_training"]:
         lines.append(
-            f"warning: {known} of {counts['held_out']} pictures of {held_out} are in the training set: samples look "
-            "less like copies beside them than they are; compare with pictures that the model never saw"
+            f"{known} of {counts['held_out']} pictures of {held_out} are in the training set, and count in no distance"
         )
     return lines
 
