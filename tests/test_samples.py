@@ -232,7 +232,7 @@ def test_captions_of_a_template_and_a_warning(measuring: Measuring, tmp_path: Pa
     assert {row["text"] for row in rows} <= {f"a photo of a {colour} circle" for colour in COLOURS}
     said = capsys.readouterr().out
     assert "all of the reference are in the training set, so that nothing tells how near is too near" in said
-    assert "warning: 5 of 5 pictures of the reference are in the training set" in said
+    assert "5 of 5 pictures of the reference are in the training set, and count in no distance" in said
 
 
 @pytest.mark.parametrize("stray", ["--judge j", "--prompts 100"])
