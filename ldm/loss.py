@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import Context, Denoiser, noised, per_picture, row_before, widened
-from ldm.schedule import EDM, SIGMA_INFINITY, NoiseSchedule, RectifiedFlow, VariancePreserving
+from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 
 Weight = Callable[[Tensor], Tensor]  # sigma [B] -> weight [B] on the square error of x_0
 
@@ -235,8 +235,7 @@ def training_weight(
     Raises:
         ValueError: an unknown name; or min-SNR without a floor, or its soft kind, on a schedule that ends in pure
             noise, where their weight, 6e-8 or less, would leave the last step untrained (but of epsilon's own error it
-            is 1); or another than "elbo" for the
-            prediction "mean".
+            is 1); or another than "elbo" for the prediction "mean".
     """
     if denoiser.prediction == "mean" and name != "elbo":
         raise ValueError(
@@ -254,8 +253,7 @@ def training_weight(
         table = isinstance(noise, UniformTime) and isinstance(noise.schedule, VariancePreserving)
         return DiscreteELBO(denoiser.schedule) if table else ContinuousELBO(noise)
     if name in ("min_snr", "soft_min_snr"):
-        # Of epsilon's own error it is never little.
-        fades = denoiser.schedule.sigma_max >= SIGMA_INFINITY and denoiser.prediction != "epsilon"
+        fades = denoiser.schedule.ends_in_noise and denoiser.prediction != "epsilon"
         if fades and (floor <= 0 or name == "soft_min_snr"):
             raise ValueError(
                 f"{name} gives pure noise no weight, and this schedule ends in it: its last step would stay untrained; "

@@ -50,6 +50,11 @@ class NoiseSchedule(ABC):
     clamped: bool = False
     entries: int = 0
 
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether nothing is left of the signal at sigma_max: of what is clamped, and of the cosine table."""
+        return self.sigma_max >= SIGMA_INFINITY
+
     @abstractmethod
     def alpha(self, sigma: Tensor | float) -> Tensor:
         """Factor on the signal at noise level sigma; the shape of sigma."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conditioning.context import Context
 from ldm.loss import HybridLoss, Weight, denoising_loss, training_noise, training_weight
-from ldm.schedule import SIGMA_INFINITY, VariancePreserving
+from ldm.schedule import VariancePreserving
 from pipelines.folder import Model
 from train.settings import Config
 
@@ -22,8 +22,13 @@ class Objective(NamedTuple):
 def denoising(model: Model, config: Config, contexts: Callable[[list[str]], Context] | Any) -> Objective:
     """Estimates of the clean latents: diffusion training."""
     levels = training_noise(config.noise, model.schedule, mean=config.noise_mean, std=config.noise_std)
-    table = isinstance(model.schedule, VariancePreserving) and model.schedule.sigma_max >= SIGMA_INFINITY
-    if config.noise != "uniform" and table and model.prediction not in ("epsilon", "mean"):
+    table = isinstance(model.schedule, VariancePreserving)  # on the flow such levels have nearly the same clock
+    if (
+        config.noise != "uniform"
+        and table
+        and model.schedule.ends_in_noise
+        and model.prediction not in ("epsilon", "mean")
+    ):
         raise ValueError(  # once in a hundred million draws, by the mean and deviation that are usual here
             f"{config.noise} noise all but never shows the pure noise that this table ends in, where sampling begins: "
             "take --noise uniform (and another --output, where a run was begun otherwise)"
