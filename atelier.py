@@ -154,15 +154,17 @@ def _opened(command: Paint | Web) -> Any:
 
 def _picture(flag: str, file: Path | None) -> Any:
     """The picture of a flag; None when there is none."""
-    from PIL import Image
-
     if file is None:
         return None
+    from PIL import Image
+
+    from pipelines.image import UNREADABLE
+
     try:
         picture = Image.open(file)
         picture.load()
         return picture
-    except (OSError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{flag} {file} can't be opened as a picture ({error})") from None
 
 
@@ -398,6 +400,8 @@ class Bits:
     """Of the beta table, asked for each picture; the rest is estimated from them."""
     tolerance: float = 1e-3
     """Of the solver of the flow."""
+    batch: int = 32
+    """Pictures at once; those of a batch share the rows that they ask."""
     seed: int = 0
 
     def run(self) -> None:
@@ -440,6 +444,10 @@ def main() -> None:
         command.run()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported only to ask
+            raise
+        sys.exit(f"error: {error}\nTake a smaller --batch, or a smaller model or --size")
 
 
 if __name__ == "__main__":

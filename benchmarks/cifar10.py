@@ -41,9 +41,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from benchmarks.curves import DISTANCES, plot, said, sheet, verdicts
-from benchmarks.machine import described, needs
+from benchmarks.packages import needs
 from benchmarks.timed import calibrate, learn, places, together
 from train.launch import MixedPrecision
+from train.machine import described
 
 EIGHTHS = (1, 2, 4, 8)  # of the training, after which samples are measured
 CALIBRATION = 90.0  # seconds of training from which a rate is taken

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.leads import PAINTED, RESULTS, asked_rows, drawn, write_aside
-from benchmarks.machine import described
 from pipelines import TextToImagePipeline
 from pipelines.picture import to_pil
 from train.build import open_autoencoder
@@ -31,6 +30,7 @@ from train.data import generator, to_unit
 from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge
 from train.extractors import open_extractor
 from train.grid import grid
+from train.machine import described
 from train.metrics import Moments, frechet_distance, psnr
 from train.pictograms import Row, captions, objects_of
 from train.samples import NOISES, model_digest

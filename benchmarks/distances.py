@@ -20,9 +20,9 @@ import tyro
 from accelerate import Accelerator
 
 from benchmarks.leads import RESULTS, write_aside
-from benchmarks.machine import described
 from train.data import permutation
 from train.extractors import open_extractor
+from train.machine import described
 from train.metrics import Moments, frechet_distance
 from train.reference import open_reference
 from train.sources import open_source

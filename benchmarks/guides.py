@@ -23,13 +23,14 @@ import tyro
 
 import pipelines.text_to_image
 from benchmarks.leads import RESULTS, painted, results_before, write_aside
-from benchmarks.machine import described, needs
+from benchmarks.packages import needs
 from ldm.denoiser import Context, Denoise, Denoiser
 from ldm.guidance import autoguided, classifier_free
 from pipelines import TextToImagePipeline
 from pipelines.folder import Model, load_model
 from train.cache import weights_digest
 from train.extractors import open_extractor
+from train.machine import described
 from train.samples import model_digest
 
 METRICS = ("train_object", "held_out_object", "held_out_object_nats", "held_out_style", "distance")

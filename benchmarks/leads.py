@@ -35,7 +35,7 @@ import tyro
 from PIL import Image
 
 import train.ldm
-from benchmarks.machine import described, needs
+from benchmarks.packages import needs
 from benchmarks.twists import aligned, as_it_is, immiscible, power_ema, replaced
 from pipelines import TextToImagePipeline
 from pipelines.files import newest
@@ -44,6 +44,7 @@ from train.aside import written_aside
 from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge, reconstruction_psnr
 from train.extractors import open_extractor
 from train.judge import logits_of
+from train.machine import described
 from train.metrics import Moments, frechet_distance
 from train.pictograms import Row, captions, chosen, objects_of
 from train.pictures import digest
@@ -355,6 +356,8 @@ def main(options: Options) -> None:
                 failed.append(name)
                 continue
             pipe = TextToImagePipeline.from_pretrained(config_of(name, options).output)
+            usual = pipe.model.defaults
+            about |= {"steps": usual.steps, "guidance": usual.guidance_scale, "sampler": usual.sampler}
             about |= painted(pipe, options.judge, options.prompts) | reconstructed(pipe)
             base = about if name == "base" else rows.get("base", {})
             same = base.get("machine") == about["machine"]

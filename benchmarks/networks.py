@@ -24,8 +24,8 @@ import tyro
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-from benchmarks.machine import described
 from ldm.unet import UNet, UNetConfig
+from train.machine import described
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 
 Side = tuple[nn.Module, Callable[[Any, Tensor], Tensor]]  # a network, and how to call it

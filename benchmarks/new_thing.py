@@ -25,11 +25,11 @@ import tyro
 from PIL import Image
 
 from benchmarks.leads import write_aside
-from benchmarks.machine import described
 from pipelines import TextToImagePipeline
 from train.evaluate import draw_rows, judged, nearest, open_pictogram_judge
 from train.extractors import open_extractor
 from train.grid import grid
+from train.machine import described
 from train.pictograms import GROUNDS, STYLES, Row, captions, chosen, paint
 from train.samples import model_digest
 

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from benchmarks.curves import DISTANCES
-from benchmarks.machine import described, needs
+from benchmarks.packages import needs
+from train.machine import described
 
 RESULTS = Path(__file__).parent / "results"
 LABELS = {

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from benchmarks.machine import described
+from train.machine import described
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,6 +1,7 @@
 """Networks as folders: config.json and safetensors, read with errors that say what to do."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -95,11 +96,13 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = N
         weights, file, dtype = quantize(weights), folder / f"{STEM}.int8.safetensors", None
     weights = {name: w.to("cpu", dtype) for name, w in weights.items()} | exact
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-    save_file(weights, file, metadata={"format": "pt"})
+    partial = file.with_name(f"{file.name}.partial")  # the network's own weights may be mapped from the file as it is
+    save_file(weights, partial, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", partial)  # safetensors lets only the owner read
+    os.replace(partial, file)
     for other in folder.glob(f"{STEM}*.safetensors*"):  # shards, 16 bits: of a model that was here before
         if other != file:
             other.unlink()  # it might be read instead
-    shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read
 
 
 def load_autoencoder(folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Autoencoder:

@@ -1,6 +1,8 @@
 """The pictures that a call begins from: any of the types that a call returns, as one batch."""
 
 import math
+import struct
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+
+# What Pillow raises, and what its decoders let through.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def image_batch(
@@ -49,10 +54,20 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits in 8, which Pillow would clip at 255; others as they are."""
-    if not image.mode.startswith("I;16"):
+    """Grey of 16 or 32 bits in 8, which Pillow would clip at 255; others as they are.
+
+    Raises ValueError for numbers of which nothing says what is white.
+    """
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
         return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    grey = np.asarray(image)
+    low, high = grey.min(), grey.max()
+    most = 1 if image.mode == "F" else 65535
+    if not (low >= 0 and high <= most):  # NaN, too
+        raise ValueError(f"a picture with numbers from {low:g} to {high:g}: in mode {image.mode} expected 0 to {most}")
+    if image.mode == "F":
+        return Image.fromarray((grey * 255).round().astype(np.uint8))
+    return Image.fromarray((grey if high < 256 and image.mode == "I" else grey >> 8).astype(np.uint8))
 
 
 def trained_sides(

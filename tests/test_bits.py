@@ -2,6 +2,7 @@
 EDM's with data of unit variance, makes D = x / (1 + sigma²), the denoiser of N(0, I)."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,13 @@ def test_a_learned_variance_is_used(in_pixels: Path, pictures: Path, tmp_path: P
         measure_bits(str(folder), str(pictures), count=12, rows=200)["bits_per_dim"] for folder in (learned, in_pixels)
     )
     assert entropy(read(pictures)) - 0.05 < one < other - 0.1
+
+
+def test_a_model_that_is_told_nothing_needs_no_captions(in_pixels: Path, pictures: Path, tmp_path: Path) -> None:
+    for file in pictures.glob("*.png"):
+        shutil.copy(file, tmp_path)
+    with_captions = measure_bits(str(in_pixels), str(pictures), count=12, rows=5, batch=5)
+    assert measure_bits(str(in_pixels), str(tmp_path), count=12, rows=5, batch=5) == with_captions
 
 
 def test_what_cannot_be_measured_is_refused(in_pixels: Path, pictures: Path, tmp_path: Path) -> None:

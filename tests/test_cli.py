@@ -8,10 +8,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import atelier
 import pipelines.web
+import train.bits
 from pipelines import TextToImagePipeline
 
 ATELIER = Path(sys.executable).with_name("atelier")
@@ -193,6 +195,20 @@ def test_bits_and_classifiers_are_reached(model_folder: Path, tmp_path: Path, mo
         call(monkeypatch, "bits", model_folder, "--data", "nowhere")
     with pytest.raises(SystemExit, match=r"^error: .*nothing"):
         call(monkeypatch, "a fox", "--model", model_folder, "--steps", "1", "--classifier", tmp_path / "nothing")
+
+
+def test_a_device_that_is_full_is_said(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.bits, "measure_bits", Mock(side_effect=torch.OutOfMemoryError("no room")))
+    with pytest.raises(SystemExit, match=r"^error: no room\nTake a smaller --batch"):
+        call(monkeypatch, "bits", model_folder, "--data", "shapes")
+
+
+def test_a_damaged_picture_is_said(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow raises a SyntaxError for it."""
+    Image.new("RGB", (8, 8)).save(file := tmp_path / "damaged.png")
+    file.write_bytes(file.read_bytes().replace(b"IDAT", b"1DAT"))
+    with pytest.raises(SystemExit, match=r"^error: --image .*damaged\.png can't be opened as a picture \(broken PNG"):
+        call(monkeypatch, "a fox", "--model", model_folder, "--image", file)
 
 
 def test_the_page_listens_where_it_is_told(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

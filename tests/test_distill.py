@@ -16,9 +16,11 @@ from ldm.guidance import classifier_free
 from pipelines import TextToImagePipeline
 from pipelines.files import read_json, write_json
 from pipelines.folder import load_model
+from tests.conftest import tiny_text_encoder
 from tests.training import COLOURS, Killed, kill_at, state
 from train.distill import PRESETS, Config, distilling, layout_of, main, unconditional
 from train.settings import Config as Settings
+from train.texts import Texts
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -116,6 +118,17 @@ def test_a_killed_distillation_ends_the_same(config: Config, tmp_path: Path, mon
             main(job)
     again = state(main(job))
     assert all(weight.equal(again["weights"][name]) for name, weight in whole["weights"].items())
+
+
+def test_the_null_is_as_long_as_captions_that_nobody_foresaw() -> None:
+    """Those of a stream, of which the first ones alone are known when training begins."""
+    encoder = tiny_text_encoder()
+    texts = Texts(encoder, [("a fox",)], torch.device("cpu"))
+    told = texts(["a fox", "a red circle on a blue background " * 5])
+    windows = told["encoder_hidden_states"].shape[1] // encoder.length
+    assert windows > 1
+    null = unconditional(texts, told, 2)
+    torch.testing.assert_close(null, encoder([""] * 2, chunks=windows), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("interval", [None, (0.5, 3.0)])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +155,14 @@ def test_the_figures_are_those_of_the_pictures(drawing_model: tuple[str, ...], t
     assert json.loads((tmp_path / "evaluation.json").read_text()) == found
     evaluate("drawings", tmp_path, prompts=16, painting=Painting(seed=4))
     assert json.loads((tmp_path / "evaluation.json").read_text())["earlier"] == [found]
+
+
+def test_pictograms_may_come_several_times_in_an_epoch(
+    drawing_model: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = train.evaluate.open_painter("drawings", (), ())
+    pipe.model.defaults = replace(pipe.model.defaults, data=f"2*{pipe.model.defaults.data}+shapes")
+    assert evaluate("drawings", tmp_path, prompts=4)["objects"] == len(drawing_model)
 
 
 def test_a_judges_verdict_stands_beside_that_of_drawings(

@@ -49,6 +49,17 @@ def test_transparency_lies_on_white_and_every_mode_becomes_rgb() -> None:
     assert rgb(Image.new("CMYK", (1, 1), (0, 255, 255, 0))).getpixel((0, 0)) == (255, 0, 0)
     sixteen = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     assert np.asarray(rgb(sixteen))[0, :, 0].tolist() == [0, 128, 255]
+    for numbers, dtype in (([0, 32768, 65535], np.int32), ([0, 128, 255], np.int32), ([0, 0.5, 1], np.float32)):
+        image = Image.fromarray(np.array([numbers], dtype))  # as Pillow opens PGM and TIFF
+        assert image.mode == ("F" if dtype is np.float32 else "I")
+        assert np.asarray(rgb(image))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("number", [-1, 70_000, 1.5, float("nan")])
+def test_grey_without_a_white_is_refused(number: float) -> None:
+    kind = np.int32 if isinstance(number, int) else np.float32
+    with pytest.raises(ValueError, match=r"numbers from .* in mode [IF] expected 0 to (1|65535)$"):
+        rgb(Image.fromarray(np.array([[0, number]], kind)))
 
 
 def test_the_middle_square_is_kept() -> None:

@@ -135,6 +135,14 @@ def test_fewer_samples_leave_the_captions_of_the_others(pipe: TextToImagePipelin
     assert read_samples(str(tmp_path), None).captions == [(prompt,) for prompt in prompts]
 
 
+def test_captions_with_line_separators_are_kept_as_they_are(pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    prompts = ["a fox\u2028in a hat", "a fox\x85"]
+    for _ in range(2):
+        paint_samples(pipe, prompts, tmp_path, HOW, Accelerator())
+    rows = (tmp_path / "metadata.jsonl").read_text("utf-8").rstrip("\n").split("\n")
+    assert [json.loads(row)["text"] for row in rows] == prompts
+
+
 def test_some_samples_of_a_folder_are_of_all_its_parts(tmp_path: Path) -> None:
     for name in COLOURS:
         coloured(tmp_path / name, captions=False)

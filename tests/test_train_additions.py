@@ -168,6 +168,10 @@ def test_the_prior_is_painted_once_and_is_half_of_what_is_seen(
         ({"train": ("text_encoder",), "text_encoder": "labels", "model": "", "vae": "none"}, "not by CLIP"),
         ({"lora_rank": 4, "lora_targets": ("to_q", "to_w")}, r"--lora-targets to_w: no layer .* end in .*to_q"),
         ({"lora_rank": 4, "train": ("unet",), "lora_targets": ("q_proj",)}, r"--lora-targets q_proj"),
+        (
+            {"lora_rank": 4, "train": ("unet", "text_encoder"), "lora_targets": ("to_q",)},
+            r"--lora-targets to_q: no layer of text_encoder is called so; names there end in .*q_proj",
+        ),
         ({"inpainting": True, "model": "", "vae": "none", "size": 8}, "in the latents of an autoencoder"),
     ],
 )

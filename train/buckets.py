@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from pipelines.image import UNREADABLE
 from train.aside import written_aside
 from train.data import failures_named
 from train.hashes import FileHashes
-from train.pictures import UNREADABLE, Source, digest, refuse_failing_disk
+from train.pictures import Source, digest, refuse_failing_disk
 from train.sources import parts_of
 
 LEAST_AREA = 0.75  # of a bucket, in squares

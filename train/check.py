@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from conditioning.tokenizer import ClipTokenizer
+from pipelines.image import UNREADABLE
 from train.buckets import assign
 from train.build import text_folder
 from train.data import failures_named, refuse_unusable
-from train.pictures import UNREADABLE, Example, Row, Source
+from train.pictures import Example, Row, Source
 from train.shards import Shards, open_shards
 from train.sources import describe, describe_row, is_remote, open_source, parts_of, split_parts
 from train.streams import held_out

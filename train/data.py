@@ -16,11 +16,11 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pipelines.image import UNREADABLE
 from train.aside import remove_dead, written_aside
 from train.hashes import FileHashes
 from train.pictures import (
     MAX_UNUSABLE,
-    UNREADABLE,
     FailingDisk,
     Source,
     digest,

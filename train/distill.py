@@ -40,6 +40,7 @@ from train.launch import errors_said
 from train.objective import Objective
 from train.presets import check_model_settings
 
+STATES = "encoder_hidden_states"
 SAMPLER = "ddim"  # over trailing steps, the first of which begins at the last row of the table
 
 
@@ -138,8 +139,10 @@ def layout_of(network: nn.Module) -> torch.memory_format:
 
 
 def unconditional(contexts: Callable[[list[str]], Context], context: Context, count: int) -> Context:
-    """The null beside a context, which is told of the sizes and of what else is no text as that is."""
+    """The null beside a context, as long as that, and told of the sizes and of what else is no text as that is."""
     null = dict(contexts([""] * count))
+    if (states := null.get(STATES)) is not None:  # a stream's captions, which nobody foresaw, may need more windows
+        null[STATES] = states[:, torch.arange(context[STATES].shape[1], device=states.device) % states.shape[1]]
     for name, value in context.items():
         if isinstance(value, dict):
             null[name] = {**value, **{k: v for k, v in null.get(name, {}).items() if k != "time_ids"}}

@@ -28,6 +28,7 @@ from train.extractors import open_extractor
 from train.grid import grid
 from train.judge import answers_of, logits_of, open_judge
 from train.launch import start
+from train.machine import described
 from train.metrics import diversity, frechet_distance, precision_recall, psnr
 from train.neighbours import copies, in_words, memorisation
 from train.pictograms import GROUNDS, STYLES, Pictograms, Row, captions, is_drawn, objects_of, paint
@@ -36,7 +37,7 @@ from train.recogniser import Recogniser
 from train.reference import InMemory, Reference, open_reference, warn_of_few
 from train.results import counted, in_percent, write_result
 from train.samples import NOTES, Painting, open_painter, paint_samples
-from train.sources import open_source
+from train.sources import open_source, split_parts
 from vae.autoencoder import Autoencoder, Identity
 
 SIDE = 32  # pixels at which pictures are compared
@@ -94,7 +95,8 @@ def draw_rows(
 
 
 def drawn_afresh(rows: Sequence[Row], size: int, font: str | None, first: int = 0) -> list[Image.Image]:
-    """The rows as no model was trained on them, each in its own placement and brushwork, that of `first` and so on."""
+    """The rows, each in its own placement and brushwork, that of `first` and so on, which no model is trained on (pixel
+    art has so few placements, and no brushwork, that some such drawings are those of training)."""
     return [paint(*row[:3], size, UNSEEN + i, font=font) for i, row in enumerate(rows, first)]
 
 
@@ -238,7 +240,7 @@ def evaluate(
     painting = painting or Painting()
     say, seed = accelerator.print, painting.seed
     pipe = open_painter(model, lora, lora_weight, accelerator.device)
-    trained_on = pipe.model.defaults.data.split("+")[0]  # the first part, without a prior's pictures
+    trained_on = split_parts(pipe.model.defaults.data)[0][1]  # the first part, without a prior's pictures
     if not is_drawn(trained_on):
         raise ValueError(
             f"this model was trained on {trained_on or 'unknown data'}, not on pictograms: where it paints classes, "
@@ -275,7 +277,7 @@ def evaluate(
         shown = len({row.object for row in rows})
         result[split] |= {"seconds_per_picture": seconds, "pairs": pairs, "objects": shown}
         if seconds:
-            result[split]["processes"] = accelerator.num_processes
+            result[split] |= {"processes": accelerator.num_processes, "machine": described()}
         result[split]["painted"] = json.loads((out / PAINTED / split / NOTES).read_text())
         of = f"{count} prompts of {pairs} pairs of {shown} objects"
         say(f"{split}: {in_percent(result[split])} of {of} closest to their own object")

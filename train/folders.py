@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from pipelines.image import rgb
+from pipelines.image import UNREADABLE, rgb
 from train.captions import Template, captions_of, clean
 from train.hashes import FileHashes
 from train.pictures import (
     FOREIGN,
     MAX_UNUSABLE,
     PICTURES,
-    UNREADABLE,
     Example,
     digest,
     refuse_failing_disk,

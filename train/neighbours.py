@@ -21,7 +21,7 @@ from train.samples import drawn_rows
 from vae.autoencoder import Autoencoder
 
 SHOWN = 12  # samples with their nearest training pictures: the nearest of all, and as many others
-SAME = 1e-6  # distance, as a share of the features' length, below which pictures are the same one
+SAME = 1e-5  # distance, as a share of the features' length, below which pictures are the same one
 NEAR = 0.01  # share of the held-out pictures that are as near as a "near" sample
 
 

@@ -3,14 +3,12 @@
 import errno
 import hashlib
 import io
-import struct
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.image import rgb
+from pipelines.image import UNREADABLE, rgb
 
 if TYPE_CHECKING:
     from train.hashes import FileHashes
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
 PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 FOREIGN = {".heic", ".heif", ".jxl"}  # pictures, too, but Pillow by itself opens none of them
 MAX_UNUSABLE = 0.05  # share of pictures without a caption, or broken, above which training is refused
-# What Pillow raises, and what its decoders let through.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 FAILING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ECONNRESET}
 
 

@@ -140,7 +140,8 @@ def paint_samples(
     if accelerator.is_main_process and any(prompts):
         rows = [{"file_name": file.name, "text": said} for file, said in zip(files, prompts, strict=True)]
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        known = captions.read_text("utf-8").splitlines() if (captions := folder / "metadata.jsonl").is_file() else []
+        captions = folder / "metadata.jsonl"
+        known = captions.read_text("utf-8").split("\n")[:-1] if captions.is_file() else []
         with written_aside(captions) as partial:  # of a longer run before this one the other pictures keep theirs
             partial.write_text("".join(line + "\n" for line in lines + known[len(lines) :]), encoding="utf-8")
     accelerator.wait_for_everyone()

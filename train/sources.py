@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.image import UNREADABLE
 from train.captions import Template
 from train.folders import FolderSource, open_bare, open_folder, pictures_in
 from train.hashes import FileHashes
-from train.pictures import UNREADABLE, Example, Source, digest
+from train.pictures import Example, Source, digest
 from train.tables import ParquetSource, has_pictures, open_hub, open_parquet
 from train.tars import TarSource, open_tars
 

@@ -207,11 +207,13 @@ def _add_adapters(networks: dict[str, nn.Module], config: Config, checkpoint: Pa
     rank, alpha = config.lora_rank, config.lora_alpha or config.lora_rank
     found = {part: _found(network, config.lora_targets) for part, network in networks.items()}
     missing = [t for t in config.lora_targets if not any(t in targets for targets in found.values())]
-    if (missing and config.lora_targets != LORA_TARGETS) or not all(found.values()):
-        ends = {path.rpartition(".")[2] for network in networks.values() for path in _layers(network)}
+    bare = [part for part, targets in found.items() if not targets]
+    if bare or (missing and config.lora_targets != LORA_TARGETS):
+        where, targets = bare or list(networks), config.lora_targets if bare else missing
+        ends = {path.rpartition(".")[2] for part in where for path in _layers(networks[part])}
         raise ValueError(
-            f"--lora-targets {' '.join(missing)}: no layer of {' or '.join(networks)} has a name that ends so; names "
-            f"here end in {', '.join(sorted(ends))}"
+            f"--lora-targets {' '.join(targets)}: no layer of {' or '.join(where)} is called so; names there "
+            f"end in {', '.join(sorted(ends))}"
         )
     saved = read_tensors(checkpoint / NAME)[0] if checkpoint else None
     for part, network in networks.items():
