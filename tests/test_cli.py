@@ -205,8 +205,10 @@ def test_a_device_that_is_full_is_said(model_folder: Path, monkeypatch: pytest.M
 
 def test_a_damaged_picture_is_said(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow raises a SyntaxError for it."""
-    Image.new("RGB", (8, 8)).save(file := tmp_path / "damaged.png")
-    file.write_bytes(file.read_bytes().replace(b"IDAT", b"1DAT"))
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)  # more than one chunk holds
+    Image.fromarray(noise).save(file := tmp_path / "damaged.png")
+    first, second, rest = file.read_bytes().split(b"IDAT", 2)
+    file.write_bytes(first + b"IDAT" + second + b"1DAT" + rest)
     with pytest.raises(SystemExit, match=r"^error: --image .*damaged\.png can't be opened as a picture \(broken PNG"):
         call(monkeypatch, "a fox", "--model", model_folder, "--image", file)
 
