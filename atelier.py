@@ -47,7 +47,7 @@ class Paint:
     lora_weight: tuple[float, ...] = (1.0,)
     """Of each --lora, or one for all: 1 as it was trained."""
     embedding: tuple[str, ...] = ()
-    """Files of learned words (textual inversion), for use in the prompt."""
+    """Learned words (textual inversion) for use in the prompt: files, folders, training runs, hub ids."""
     image: Path | None = None
     """A picture to begin from, instead of noise alone."""
     mask: Path | None = None
@@ -61,7 +61,7 @@ class Paint:
     device: str | None = None
     """cuda, mps or cpu; the first of these that is there by default."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights."""
+    """Of the weights: by default bfloat16 on a CUDA GPU that has it, else float32."""
 
     def run(self) -> None:
         if self.count < 1:
@@ -128,7 +128,7 @@ class Web:
     device: str | None = None
     """cuda, mps or cpu; the first of these that is there by default."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights."""
+    """As of `paint`."""
     host: str = "127.0.0.1"
     """Address to listen on: 0.0.0.0 lets other machines in, too."""
     port: int = 7860

@@ -123,6 +123,7 @@ def ask(options: Options, model: str, rows: list[Row], known: tuple[str, ...]) -
         prompts = [captions(*row[:3])[0] for row in rows]
         images = asked(pipe, prompts)
         found[f"old_{split}"], found[f"old_{split}_prompts"] = share(images, rows, objects), len(rows)
+        found[f"old_{split}_pairs"] = len({row[:2] for row in rows})
         found[f"old_{split}_style"] = judged(judge, images, rows)["style"]
         if split == "train":
             shown, said = shown + images[:8], said + prompts[:8]
@@ -150,7 +151,10 @@ def main(options: Options) -> dict[str, Any]:
             result["seconds"] = tune(options)
         result[when], pictures, prompts = ask(options, model, rows, known)
         sheet, said = sheet + pictures, said + prompts
-        print(f"{when}:", ", ".join(f"{k} {v:.1%}" for k, v in result[when].items() if not k.endswith("prompts")))
+        print(
+            f"{when}:",
+            ", ".join(f"{k} {v:.1%}" for k, v in result[when].items() if not k.endswith(("prompts", "pairs"))),
+        )
         write_aside(options.work / "new_thing.json", result)  # at once: what comes next may fail
     write_aside(options.out, result)
     grid(sheet, said, columns=8).save(options.out.with_suffix(".png"))

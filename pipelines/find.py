@@ -33,13 +33,6 @@ def find_model(where: str | Path | None, *, revision: str | None = None, variant
             f"{where} is not a model folder: give a folder that has unet/, vae/ and scheduler/, a hub id such as "
             "owner/name, or nothing for the bundled model"
         )
-    return _download(str(where), revision, variant)
-
-
-def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     weights = f"*{variant}*.safetensors" if variant else "*.safetensors"
     files = [
         "*.json",
@@ -48,13 +41,26 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
         *(f"{part}/{weights}" for part in ("unet", "vae", "text_encoder", "text_encoder_2")),
         *(f"{part}/*.safetensors" for part in ("semantic_encoder", "codes")),  # which have no variants
     ]
+    return _download(str(where), files, ["*non_ema*", *([] if variant else ["*fp16*"])], revision)
+
+
+def find_autoencoder(where: str | Path) -> Path:
+    """The folder of an autoencoder, or of a model or run that has one: local, "bundled", or fetched from the hub."""
+    if str(where) == "bundled":
+        return find_model(None)
+    path = Path(where).expanduser()
+    if path.exists() or str(where).count("/") != 1 or str(where).startswith((".", "/", "~")):
+        return path
+    files = ["config.json", "diffusion_pytorch_model*.safetensors", "vae/config.json", "vae/*.safetensors"]
+    return _download(str(where), files, ["*fp16*"])
+
+
+def _download(hub_id: str, files: list[str], but: list[str], revision: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        folder = snapshot_download(
-            hub_id,
-            revision=revision,
-            allow_patterns=files,
-            ignore_patterns=["*non_ema*", *([] if variant else ["*fp16*"])],
-        )
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=but)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{hub_id} is no folder here and could not be fetched from the hub ({type(error).__name__}: {error})"

@@ -18,6 +18,7 @@ from pipelines import TextToImagePipeline
 from pipelines.folder import load_model, save_model, schedule_from
 from pipelines.scheduler import grid_of, sampler_options
 from tests.conftest import tiny_model
+from train.build import open_autoencoder
 
 PROMPTS = ["a red circle on a blue background", "an oil painting of a fox"]
 
@@ -310,6 +311,28 @@ def test_the_hub_gives_only_what_is_read(
     wanted = [f"{part}/{stem}{ending}" for part, stem in stems.items()]
     assert sorted(fetched) == sorted(["model_index.json", *codes, *wanted])
     assert pipe.source == "owner/name@main"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_hub_has_autoencoders(alone: bool, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of their own, or as a part of a model; of the rest nothing is fetched."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    part = "" if alone else "vae/"
+    wanted = [f"{part}config.json", f"{part}diffusion_pytorch_model.safetensors"]
+    others = ["unet/diffusion_pytorch_model.safetensors", "README.md", wanted[1].replace(".safe", ".fp16.safe")]
+
+    def snapshot_download(hub_id: str, revision: None, allow_patterns: list, ignore_patterns: list) -> str:
+        assert hub_id == "owner/name"
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        assert list(filter_repo_objects([*wanted, *others, "diffusion_pytorch_model.bin"], **patterns)) == wanted
+        return str(model_folder / "vae" if alone else model_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    weights = open_autoencoder("owner/name").state_dict()
+    for name, weight in load_model(model_folder).vae.state_dict().items():
+        assert torch.equal(weights[name], weight)
 
 
 def test_saved_files_can_be_read_by_whom_the_umask_lets(model_folder: Path) -> None:

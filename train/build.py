@@ -18,7 +18,7 @@ from ldm.transformer import PictureTransformer
 from ldm.unet import UNet, UNetConfig
 from pipelines.conditioners import load_conditioner
 from pipelines.files import load_autoencoder, newest
-from pipelines.find import find_model
+from pipelines.find import find_autoencoder, find_model
 from pipelines.folder import Defaults, Model, load_model, scheduler_config
 from train.captions import clean
 from train.launch import matrix_type, sharding
@@ -156,10 +156,10 @@ def decaying(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def open_autoencoder(vae: str) -> Autoencoder | Identity:
-    """What `--vae` names: a folder, "bundled", or "none" for pixels, "grey" for grey ones."""
+    """What `--vae` names: a folder, run or hub id, "bundled", or "none" for pixels, "grey" for grey ones."""
     if vae in ("none", "grey"):
         return Identity(3 if vae == "none" else 1)
-    return load_autoencoder(find_model(None) if vae == "bundled" else Path(vae))
+    return load_autoencoder(find_autoencoder(vae))
 
 
 def text_folder(text_encoder: str) -> Path:

@@ -42,7 +42,7 @@ LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # at which the accuracy is measur
 class Config:
     """Settings of one classifier."""
 
-    data: str = ""  # folder of class folders, or .parquet file; the first caption of a picture is its class
+    data: str = ""  # folder of class folders, .parquet, .tar, hub set; the first caption of a picture is its class
     output: Path = Path("runs/classifier")  # checkpoints and logs
     model: NoisyClassifierConfig = SMALL  # channels, classes and sigma_data are those of the data
     vae: str = "grey"  # what the model that it guides works in: "grey" or "none" for pixels, "bundled", or a folder

@@ -42,7 +42,7 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 class Config:
     """Settings of one CLIP."""
 
-    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms[:NAMES]" (or ":all"); several joined by +
+    data: str = "shapes"  # folder, .parquet, .tar, hub set, "shapes", "pictograms[:NAMES]" (or ":all"); joined by +
     output: Path = Path("runs/clip")  # text encoder, tokenizer, CLIP, checkpoint and logs
     size: int = 64  # side of the pictures that the picture tower sees, in pixels
     views: int = 1  # how often each drawn pictogram is drawn, each time a little differently

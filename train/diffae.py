@@ -53,7 +53,7 @@ class Config:
     output: Path = Path("runs/diffae")  # checkpoints, sample grids and logs
     unet: UNetConfig = SMALL  # its channels follow the autoencoder, its cross-attention the code
     encoder: SemanticConfig = field(default_factory=SemanticConfig)
-    vae: str = "bundled"  # autoencoder: folder, "bundled", or "none" for pixels, "grey" for grey ones
+    vae: str = "bundled"  # autoencoder: folder, hub id, "bundled", or "none" for pixels, "grey" for grey ones
     path: Literal["scaled_linear", "linear", "cosine", "flow", "edm"] = "scaled_linear"
     prediction: Literal["epsilon", "sample", "v", "velocity", "edm"] = "v"
     sigma_data: float = 1.0  # of the path "edm": standard deviation of the data; latents have 1, pixels about 0.5

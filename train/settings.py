@@ -55,7 +55,7 @@ class Config:
     prior_weight: float = 1.0  # of the loss on those pictures
     inpainting: bool = False  # the U-Net is also told a mask and what lies around it
     unet: UNetConfig | PixelUNetConfig = SMALL  # of a new model; channels follow the autoencoder and the encoder
-    vae: str = "bundled"  # autoencoder of a new model: folder, "bundled", or "none" for pixels, "grey" for grey ones
+    vae: str = "bundled"  # autoencoder of a new model: folder, hub id, "bundled", or "none" for pixels, "grey" for grey
     text_encoder: str = "bundled"  # conditioning of a new model: model folder, "bundled", "labels" or "none"
     path: Literal["scaled_linear", "linear", "cosine", "flow", "edm"] = "scaled_linear"
     prediction: Literal["epsilon", "sample", "v", "velocity", "edm", "mean"] = "v"  # mean: with --weight elbo

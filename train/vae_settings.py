@@ -34,9 +34,9 @@ def _of_32(widths: tuple[int, ...], latent_channels: int) -> AutoencoderConfig:
 class Config:
     """Settings of one autoencoder."""
 
-    data: str = "shapes"  # folder, .parquet file, "shapes", "pictograms[:NAMES]" (or ":all")
+    data: str = "shapes"  # folder, .parquet, .tar, hub set, "shapes", "pictograms[:NAMES]" (or ":all")
     output: Path = Path("runs/vae")  # checkpoints, sample grids and logs
-    init: str | None = None  # an autoencoder to fine-tune, instead of `model` from nothing: folder, or "bundled"
+    init: str | None = None  # an autoencoder to fine-tune, instead of a new `model`: folder, hub id, or "bundled"
     decoder_only: bool = False  # of --init: the latents stay as they are, and so does every model in them
     # Of --decoder-only: noise in what is decoded, whose levels are half-normal with this deviation (latents have 1), so
     # that pictures do not show what a sampler gets wrong of them (arXiv:2510.11690).
