@@ -238,7 +238,7 @@ def judge(
     from pipelines.files import newest
     from train.launch import start
     from train.measure import Measuring, measure
-    from train.samples import Painting, is_model, is_told
+    from train.samples import Painting, is_model
     from train.sources import first_captions, open_source
 
     start()  # which sets the threads
@@ -255,7 +255,7 @@ def judge(
         pipe.set_progress_bar_config(disable=True)
         about["evaluations"] = count_evaluations(pipe, Point(model, None, None, None))
         about["parameters"] = sum(weight.numel() for weight in pipe.model.unet.parameters())
-        says = says and is_told(pipe)
+        says = says and pipe.model.is_told
     how = Measuring(model, "", "fid,kid,accuracy" if says else "fid,kid", options.extractor, samples=options.samples)
     painting = Painting(seed=options.seeds[0] if seed is None else seed, batch=options.batch)
     how = replace(how, painting=painting, out=out, workers=0)

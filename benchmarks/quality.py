@@ -75,8 +75,6 @@ class Point:
 
 def count_evaluations(pipe: Any, point: Point) -> int:
     """Of the network, for one picture: a guided step has two."""
-    from train.samples import is_told
-
     rows = 0
 
     def note(_: Any, given: tuple, named: dict) -> None:
@@ -87,7 +85,7 @@ def count_evaluations(pipe: Any, point: Point) -> int:
     names = getattr(pipe.model.conditioner, "names", ("a picture",))
     try:
         options = {"steps": point.steps, "sampler": point.sampler, "guidance_scale": point.guidance}
-        pipe([names[0] if is_told(pipe) else ""], seed=0, output_type="latent", **options)
+        pipe([names[0] if pipe.model.is_told else ""], seed=0, output_type="latent", **options)
     finally:
         hook.remove()
     return rows
@@ -140,7 +138,7 @@ def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
     from pipelines.find import find_model
     from train.measure import Measuring, measure
     from train.pictures import digest
-    from train.samples import Painting, is_told, model_digest, open_painter
+    from train.samples import Painting, model_digest, open_painter
 
     models = list(options.models)
     if options.along == "training":
@@ -150,7 +148,7 @@ def measured(options: Options) -> Iterator[list[dict[str, Any]]]:
         pipe = open_painter(model, options.lora, options.lora_weight)
         about: dict[str, Any] = {"model": model, "parameters": sum(p.numel() for p in pipe.model.unet.parameters())}
         about["pictures_seen"] = pictures_seen(newest(find_model(model)))
-        if options.along == "guidance" and not is_told(pipe):
+        if options.along == "guidance" and not pipe.model.is_told:
             raise ValueError(f"{model} is told nothing, and there is no guidance to vary")
         for point in points_of(options, pipe, model):
             about |= asdict(point) | {"evaluations": count_evaluations(pipe, point)}

@@ -178,12 +178,14 @@ class DiscreteELBO:
             raise ValueError(
                 f"DiscreteELBO needs a beta table, got {type(self.schedule).__name__}: take ContinuousELBO"
             )
+        object.__setattr__(self, "_terms", {})  # by device and type: a GPU is not waited for in every update
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        snr = self.schedule.entry(torch.arange(self.schedule.entries)) ** -2
-        terms = torch.cat([snr[:1], snr[:-1] - snr[1:]]) / 2
-        row = self.schedule.timestep(sigma).round().long()
-        return terms.to(sigma.device, sigma.dtype)[row]
+        known: dict = self._terms  # type: ignore[attr-defined]
+        if (where := (sigma.device, sigma.dtype)) not in known:
+            snr = self.schedule.entry(torch.arange(self.schedule.entries)) ** -2
+            known[where] = (torch.cat([snr[:1], snr[:-1] - snr[1:]]) / 2).to(*where)
+        return known[where][self.schedule.timestep(sigma).round().long()]
 
 
 @dataclass(frozen=True)
@@ -358,7 +360,7 @@ def _mean(values: Tensor) -> Tensor:
 
 def _uncut(density: Tensor, sigma: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The density, infinite at both ends of the schedule's range, where a clamp gathers levels."""
-    least, most = schedule.clamp(sigma.new_tensor([0.0, math.inf]))
+    least, most = schedule.clamp(torch.tensor([0.0, math.inf], dtype=sigma.dtype)).tolist()
     return density.where((least < sigma) & (sigma < most), math.inf)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from conditioning.clip import ClipTextEncoder
+from conditioning.context import Unconditional
 from conditioning.pair import ClipTextPair
 from ldm.blocks import DIFFUSERS_VERSION
 from ldm.denoiser import Denoiser
@@ -103,6 +104,11 @@ class Model:
                 f"and {summary} with {sizes / each:g} sizes: expected 6 (SDXL's refiner, which takes 5, is not "
                 "implemented)"
             )
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the network is told anything: text, a label or a picture."""
+        return not isinstance(self.conditioner, Unconditional)
 
     @property
     def xl(self) -> bool:

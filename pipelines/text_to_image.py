@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from conditioning.context import Unconditional
 from conditioning.pair import with_sizes
 from ldm.classifier import NoisyClassifier
 from ldm.guidance import classifier_free
@@ -243,7 +242,7 @@ class TextToImagePipeline(OpenedModel):
         if interval is not None and len(interval) != 2:
             raise ValueError(f"guidance_interval={interval}: expected two noise levels, (low, high)")
         scale = max(1.0, defaults.guidance_scale if scale is None else scale)
-        if isinstance(model.conditioner, Unconditional):
+        if not model.is_told:
             scale = 1.0  # there is nothing to guide away from
         if scale == 1 and asked:
             raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from conditioning.context import Unconditional
 from conditioning.labels import Labels
 from ldm.samplers import SAMPLERS
 from pipelines.device import as_many_as_fit
@@ -68,13 +67,13 @@ def page(pipe: TextToImagePipeline) -> Any:
                 if isinstance(model.conditioner, Labels):
                     prompt = gr.Dropdown(list(model.conditioner.names), label="What to paint")
                 else:
-                    told = not isinstance(model.conditioner, Unconditional)
+                    told = model.is_told
                     prompt = gr.Textbox(value="", label="What to paint", lines=2, visible=told)
                 button = gr.Button("Paint", variant="primary")
                 count = gr.Slider(1, MOST, 1, step=1, label="Pictures")
                 with gr.Accordion("How", open=False):
                     scale = defaults.guidance_scale
-                    guided = defaults.caption_dropout != 0 and not isinstance(model.conditioner, Unconditional)
+                    guided = defaults.caption_dropout != 0 and model.is_told
                     negative = gr.Textbox("", label="What to steer away from", visible=guided and prompt.visible)
                     guidance = gr.Slider(1, max(15, scale), max(1, scale), step=0.1, label="Guidance", visible=guided)
                     seed = gr.Number(None, label="Seed (empty: another each time)", precision=0, minimum=0)

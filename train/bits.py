@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributions import Normal
 from tqdm import tqdm
 
-from conditioning.context import Unconditional
 from ldm.denoiser import Denoise
 from ldm.elbo import ancestral_step, consistency_elbo, elbo, gaussian_log_likelihood, latent_elbo, pixel_log_likelihood
 from ldm.likelihood import PIXEL, bits_per_dim, dequantise, draw_probes, log_likelihood
@@ -73,7 +72,7 @@ def measure_bits(
     last = len(schedule.table) - 1 if isinstance(schedule, VariancePreserving) else 0
     if method in FORMS and not last:
         raise ValueError(f"the path of {model} has no table of rows to sum over: take --method flow")
-    told = not isinstance(opened.conditioner, Unconditional)
+    told = opened.is_told
     pictures = _read(source or open_source(data, size, split="held_out", captions=told), size, count, seed, workers)
     images = to_unit(torch.from_numpy(np.stack([np.asarray(picture.pixels) for picture in pictures])))
     captions = [picture.captions[0] if told else "" for picture in pictures]

@@ -177,6 +177,14 @@ def own_size(vae: Autoencoder | Identity) -> int:
     return own if isinstance(own, int) else max(own)
 
 
+def side_for(asked: int | None, vae: Autoencoder | Identity) -> int:
+    """Of the pictures to train on: what was asked for, or the autoencoder's own; ValueError where that does not fit."""
+    size = asked or own_size(vae)
+    if size % vae.downscale:
+        raise ValueError(f"--size {size}: expected a multiple of {vae.downscale}, the autoencoder's factor")
+    return size
+
+
 def class_names(config: Config) -> list[str]:
     """What --text-encoder labels tells apart, sorted; of streams what their tables list, for they are not read twice.
 

@@ -220,15 +220,15 @@ def _encode_shard(
         pictures += [(u.captions, u.framing, u.number, shape) for u, shape in zip(usable, shapes, strict=True)]
         for shape in dict.fromkeys(shapes):
             alike = [one.pixels for one, its in zip(usable, shapes, strict=True) if its == shape]
-            images = to_unit(torch.stack([torch.from_numpy(p.copy()) for p in alike if p is not None]))
-            posterior = vae.encode(images.to(accelerator.device))
+            pixels = torch.stack([torch.from_numpy(p.copy()) for p in alike if p is not None])
+            posterior = vae.encode(to_unit(sent(pixels, accelerator.device)))
             means, logvars = moments.setdefault(shape, ([], []))
-            means.append(posterior.mean.half().cpu())
-            logvars.append(posterior.logvar.clamp(min=-30).half().cpu())
+            means.append(posterior.mean.half())  # which a GPU is not waited for
+            logvars.append(posterior.logvar.clamp(min=-30).half())
     said = json.dumps({"shapes": list(moments), "pictures": pictures, "unusable": unusable})
     tensors: dict[str, Tensor] = {}
     for shape, (means, logvars) in moments.items():
-        tensors |= {f"mean {shape}": torch.cat(means), f"logvar {shape}": torch.cat(logvars)}
+        tensors |= {f"mean {shape}": torch.cat(means).cpu(), f"logvar {shape}": torch.cat(logvars).cpu()}
     try:
         with written_aside(file) as partial:
             save_file({name: m.contiguous() for name, m in tensors.items()}, partial, metadata={"pictures": said})

@@ -9,7 +9,6 @@ exactly where it was stopped. It guides any model of the same pixels, or of the 
 """
 
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,9 +23,9 @@ from tqdm import tqdm
 from ldm.classifier import NoisyClassifier, NoisyClassifierConfig, classification_loss
 from ldm.loss import training_noise
 from pipelines.files import read_weights, save_network
-from train.build import begin_at_zero, decaying, open_autoencoder, own_size
+from train.build import begin_at_zero, decaying, open_autoencoder, side_for
 from train.cache import Latents, cache_latents
-from train.config import parse
+from train.config import at_least_one, check_clip, parse
 from train.data import draws, generator, permutation, refuse_other_data, sent
 from train.hashes import FileHashes
 from train.launch import MixedPrecision, errors_said, memory_format, start
@@ -64,13 +63,8 @@ class Config:
     font: str | None = None  # the colour emoji font's file, for pictograms
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
-        if not self.clip > 0:
-            raise ValueError(f"--clip {self.clip}: expected above 0, inf for no limit")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"--size is {self.size}: expected at least 1")
+        at_least_one(self, "updates", "batch_size", "checkpoint_every", "size")
+        check_clip(self)
 
 
 DIGITS = Config(size=28, updates=1300, learning_rate=2e-3, mixed_precision="bf16")
@@ -125,9 +119,7 @@ def main(config: Config) -> Path:
         mean, std = config.noise_mean, config.noise_std
         config = replace(config, noise_mean=0.0 if mean is None else mean, noise_std=1.7 if std is None else std)
     vae = open_autoencoder(config.vae).to(device)
-    size = config.size or own_size(vae)
-    if size % vae.downscale:
-        raise ValueError(f"--size {size}: expected a multiple of {vae.downscale}, the autoencoder's factor")
+    size = side_for(config.size, vae)
 
     source = open_source(config.data, size, font=config.font)
     accelerator.print(describe(source, size))
@@ -181,7 +173,6 @@ def main(config: Config) -> Path:
     accelerator.print(f"classifier: {parameters / 1e6:.2f} M parameters, {config.updates} updates of {global_batch}")
 
     progress = Progress(accelerator, update, config.updates, config.checkpoint_every)
-    began, seen = time.perf_counter(), 0
     for update in progress:
         rate = learning_rate(update, peak=config.learning_rate, warmup=warmup, updates=config.updates)
         for group in optimizer.param_groups:
@@ -200,10 +191,9 @@ def main(config: Config) -> Path:
         optimizer.zero_grad()
 
         due, done = progress.advance(), progress.done
-        seen += global_batch
         if done % 25 == 0 or done == config.updates:
             numbers = {"loss": float(accelerator.reduce(loss.detach(), "mean")), "gradient_norm": float(norm)}
-            numbers |= {"pictures_per_second": seen / (time.perf_counter() - began), "learning_rate": rate}
+            numbers |= {"pictures_per_second": progress.rate(global_batch), "learning_rate": rate}
             accelerator.log(numbers, done)
             progress.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
         if due:

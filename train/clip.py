@@ -28,7 +28,7 @@ from torch import Tensor
 from conditioning.tokenizer import ClipTokenizer
 from train.build import decaying
 from train.clip_model import WEIGHTS, ClipModel, save_clip, tokenise
-from train.config import flags_in, parse
+from train.config import at_least_one, check_clip, flags_in, parse
 from train.data import Pictures, generator, read_pictures, refuse_other_data, sent, to_unit
 from train.launch import MixedPrecision, errors_said, start
 from train.progress import Progress, refuse_bad_step
@@ -72,13 +72,10 @@ class Config:
     font: str | None = None  # the colour emoji font's file, for pictograms
 
     def __post_init__(self) -> None:
-        for name in ("updates", "measure_every", "checkpoint_every", "views"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+        at_least_one(self, "updates", "measure_every", "checkpoint_every", "views")
         if self.batch_size < 2:
             raise ValueError(f"--batch-size is {self.batch_size}: expected at least 2, a caption to tell from another")
-        if not self.clip > 0:
-            raise ValueError(f"--clip {self.clip}: expected above 0, inf for no limit")
+        check_clip(self)
         if not 514 <= self.vocabulary <= 4000:
             raise ValueError(f"--vocabulary is {self.vocabulary}: expected 514 (every byte, start and end) to 4000")
         if self.context_length < 3:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ldm.loss import EDMWeight, LogNormal, denoising_loss
 from pipelines.codes import CodeDiffusion, CodesConfig
-from train.data import generator
+from train.data import generator, sent
 from train.state import EMA, learning_rate
 
 NOISE = LogNormal(mean=-0.4, std=1.4)  # of the levels: codes have unit variance, and their details matter less
@@ -36,7 +36,7 @@ def train_codes(semantic: Tensor, *, width: int, depth: int, updates: int, seed:
     bar = tqdm(range(updates), desc="diffusion of codes", unit="update")
     for update in bar:
         draw = generator(seed, -1, update)
-        x0 = z[torch.randint(len(z), (BATCH,), generator=draw).to(z.device)]
+        x0 = z[sent(torch.randint(len(z), (BATCH,), generator=draw), z.device)]
         sigma = NOISE.sigma((torch.arange(BATCH) + torch.rand(BATCH, generator=draw)) / BATCH).to(z)
         noise = torch.randn(x0.shape, generator=draw).to(z)
         loss = denoising_loss(denoiser, x0, None, sigma, noise, weight).mean()

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -36,6 +36,18 @@ def gathered(arguments: Sequence[str], *kinds: type) -> list[str]:
             groups.append(current)
         current.append(argument)
     return [word for group in groups for word in group]
+
+
+def at_least_one(config: Any, *names: str) -> None:
+    """ValueError naming the first of these fields that is below 1; None is none of theirs."""
+    for name in names:
+        if (number := getattr(config, name)) is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {number}: expected at least 1")
+
+
+def check_clip(config: Any) -> None:
+    if not config.clip > 0:
+        raise ValueError(f"--clip {config.clip}: expected above 0, inf for no limit")
 
 
 def parse(kind: type[Settings], presets: Mapping[str, Settings], *, default: str) -> Settings:

@@ -9,7 +9,6 @@ encoder's code, and both learn from the U-Net's error alone. Then comes a small 
 
 import shutil
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +28,10 @@ from ldm.unet import UNetConfig
 from pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
 from pipelines.files import checkpoints
 from pipelines.folder import Defaults, Model, save_model, scheduler_config
-from train.build import fitted, new_unet, open_autoencoder, own_size
+from train.build import fitted, new_unet, open_autoencoder, side_for
 from train.cache import cache_latents
 from train.codes import train_codes
-from train.config import parse
+from train.config import at_least_one, check_clip, parse
 from train.data import draws, permutation, read_pictures, refuse_other_data, sent, to_unit
 from train.grid import grid
 from train.launch import MixedPrecision, errors_said, matrix_type, memory_format, start
@@ -81,13 +80,8 @@ class Config:
 
     def __post_init__(self) -> None:
         of_codes = ("code_width", "code_depth", "code_updates")
-        for name in ("updates", "batch_size", "checkpoint_every", "steps", "views", *of_codes):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
-        if not self.clip > 0:
-            raise ValueError(f"--clip {self.clip}: expected above 0, inf for no limit")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"--size is {self.size}: expected at least 1")
+        at_least_one(self, "updates", "batch_size", "checkpoint_every", "steps", "views", "size", *of_codes)
+        check_clip(self)
 
 
 PRESETS = {
@@ -116,9 +110,7 @@ PRESETS = {
 def new_model(config: Config) -> Model:
     """A new U-Net, told the code of a new encoder, over an autoencoder that exists."""
     vae = open_autoencoder(config.vae)
-    size = config.size or own_size(vae)
-    if size % vae.downscale:
-        raise ValueError(f"--size {size}: expected a multiple of {vae.downscale}, the autoencoder's factor")
+    size = side_for(config.size, vae)
     defaults = Defaults(steps=config.steps, sampler=config.sampler, size=size, data=config.data)
     scheduler = scheduler_config(config.path, config.prediction, sigma_data=config.sigma_data)
     unet = fitted(config.unet, vae.latent_channels, size // vae.downscale, None, config.encoder.code_dim)
@@ -262,7 +254,6 @@ def main(config: Config) -> Path:
     accelerator.wait_for_everyone()
 
     progress = Progress(accelerator, update, config.updates, config.checkpoint_every)
-    began, seen = time.perf_counter(), 0
     for update in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, peak=config.learning_rate, warmup=warmup, updates=config.updates)
@@ -284,10 +275,9 @@ def main(config: Config) -> Path:
         ema.step(update)
 
         due, done = progress.advance(), progress.done
-        seen += global_batch
         if done % 25 == 0 or done == config.updates:
             numbers = {"loss": float(accelerator.reduce(loss.detach(), "mean")), "gradient_norm": float(norm)}
-            numbers |= {"pictures_per_second": seen / (time.perf_counter() - began), "ema_distance": ema.distance()}
+            numbers |= {"pictures_per_second": progress.rate(global_batch), "ema_distance": ema.distance()}
             accelerator.log(numbers, done)
             progress.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
         if due:

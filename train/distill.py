@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 import train.ldm
-from conditioning.context import Unconditional
 from ldm.consistency import ConsistencyLoss, Segments, subdivided
 from ldm.denoiser import Context
 from ldm.guidance import classifier_free
@@ -103,7 +102,7 @@ def distilling(config: Config) -> Callable[[Model, settings.Config, Any], Object
             raise ValueError(f"--model {config.model} has a learned variance, which a student has no use for")
         teacher = load_model(config.model)
         denoiser, defaults = teacher.denoiser, teacher.defaults
-        told = not isinstance(teacher.conditioner, Unconditional)
+        told = teacher.is_told
         del teacher  # its autoencoder and text encoder are the student's, too
         device = next(student.unet.parameters()).device
         denoiser.network.to(device).to(memory_format=layout_of(student.unet))

@@ -28,7 +28,7 @@ from train.pictograms import GROUNDS, STYLES, captions, things
 from train.pictures import digest
 from train.recogniser import Recogniser, RecogniserConfig, as_seen, load_recogniser
 from train.results import counted, in_percent, write_result
-from train.samples import NOTES, Painting, is_told, open_painter, paint_samples
+from train.samples import NOTES, Painting, open_painter, paint_samples
 from vae.autoencoder import Identity
 
 SHOWN = 8  # samples of a class on the sheet
@@ -152,7 +152,7 @@ def evaluate_classes(
         raise ValueError(f"--prompts {prompts}: expected at least {len(names)}, one for each class of the judge")
     accelerator = start()
     pipe = open_painter(model, lora, lora_weight, accelerator.device)
-    told = is_told(pipe)
+    told = pipe.model.is_told
     asked = [prompt if told else "" for prompt in said for _ in range(each)]
     painted = paint_samples(pipe, asked, out / "samples", painting or Painting(), accelerator, reference=digest(*asked))
     images = [painted[i].image for i in range(len(painted))]

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from conditioning.context import Unconditional
 from conditioning.labels import Labels
 from train.aside import remove_dead
 from train.batch import Batch, draw_batch
-from train.build import build, optimizer_for, share_statistics
+from train.build import build, optimizer_for, share_statistics, side_for
 from train.config import parse
 from train.data import generator
 from train.feed import CachedFeed, Feed, open_feed
@@ -81,9 +80,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
 
     # The model, and what of it learns.
     model = build(config, found and found[0])
-    size = config.size or model.size
-    if size % model.vae.downscale:
-        raise ValueError(f"--size {size}: expected a multiple of {model.vae.downscale}, the autoencoder's factor")
+    size = side_for(config.size or model.size, model.vae)
     for part in model.parts():
         part.to(device)
     for network in (model.unet, model.vae):
@@ -117,7 +114,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
         template=config.template,
         font=config.font,
         views=config.views,
-        captions=not isinstance(model.conditioner, Unconditional),
+        captions=model.is_told,
         pixels=model.inpaints,
     )
     prior = len(split_parts(data)) - 1 if config.prior else -1

@@ -35,7 +35,6 @@ from train.samples import (
     common_side,
     drawn_rows,
     is_model,
-    is_told,
     model_digest,
     notes_of,
     open_painter,
@@ -207,7 +206,7 @@ def _of_features(
     say = accelerator.print
     extractor, clip = _open_extractors(how, accelerator)
     needing = [name for name in how.wanted if name in ("clip", "accuracy")]
-    if needing and pipe is not None and not is_told(pipe):
+    if needing and pipe is not None and not pipe.model.is_told:
         raise ValueError(f"{needing[0]} compares pictures with their prompts, and {how.model} is told nothing")
 
     def open_set(source: Any, of: Extractor, cache: Path) -> Reference:
@@ -222,7 +221,7 @@ def _of_features(
         if how.size not in (None, pipe.model.size):
             raise ValueError(f"--size {how.size} is for folders of pictures: this model paints {pipe.model.size}")
         size, count = pipe.model.size, how.samples or (10_000 if accelerator.device.type == "cuda" else 1000)
-    needed = "accuracy" in how.wanted or (pipe is not None and is_told(pipe))
+    needed = "accuracy" in how.wanted or (pipe is not None and pipe.model.is_told)
     source = _open_real(how, "reference", size, needed=needed)
     say(f"reference: {describe(source, size)}")
     reference = open_set(source, extractor, how.cache)
@@ -387,7 +386,7 @@ def _check_bits(how: Measuring, pipe: TextToImagePipeline | None) -> None:
 
 def _told_pictures(how: Measuring, pipe: TextToImagePipeline) -> Any:
     """The reference as bits are measured on it: with captions, which may be empty where the model is told nothing."""
-    return _open_real(how, "reference", pipe.model.size, needed=is_told(pipe), split=BITS_OF)
+    return _open_real(how, "reference", pipe.model.size, needed=pipe.model.is_told, split=BITS_OF)
 
 
 def _bits(how: Measuring, pipe: TextToImagePipeline) -> dict[str, Any]:

@@ -133,13 +133,11 @@ def _orthogonalized(matrices: Tensor, owners: list[int]) -> Tensor:
     held = [[i for i, owner in enumerate(owners) if owner == process] for process in range(processes)]
     mine = matrices.new_zeros(max(map(len, held)), *matrices.shape[1:])
     if own := held[dist.get_rank()]:
-        mine[: len(own)] = orthogonalize(matrices[own])
+        mine[: len(own)] = orthogonalize(torch.stack([matrices[i] for i in own]))  # a list as index waits for a GPU
     every = mine.new_empty(processes * len(mine), *mine.shape[1:])
     dist.all_gather_into_tensor(every, mine)
-    found = torch.empty_like(matrices)
-    for indices, theirs in zip(held, every.split(len(mine)), strict=True):
-        found[indices] = theirs[: len(indices)]
-    return found
+    found = {i: part[j] for part, its in zip(every.split(len(mine)), held, strict=True) for j, i in enumerate(its)}
+    return torch.stack([found[i] for i in range(len(matrices))])
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ A loss or gradient that is no number ends it, too, before it spoils the weights.
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Progress:
     def __init__(self, accelerator: Accelerator, done: int, updates: int, every: int):
         """done: updates that were made before; every: updates between checkpoints, the last one always has one."""
         self.accelerator, self.done, self.updates, self.every = accelerator, done, updates, every
+        self.first, self.began = done, time.perf_counter()
         self.interruption, self.told = Interruption(), False
         self.bar = tqdm(total=updates, initial=done, unit="update", disable=not accelerator.is_main_process)
 
@@ -45,6 +47,10 @@ class Progress:
         self.bar.update()
         self.told = self.interruption.asked(self.accelerator)
         return self.told or self.done % self.every == 0 or self.done == self.updates
+
+    def rate(self, global_batch: int) -> float:
+        """Pictures a second since the loop began; global_batch: of an update, over all processes."""
+        return (self.done - self.first) * global_batch / (time.perf_counter() - self.began)
 
     def end(self) -> None:
         """Leaves the program if it was told to end before it was through, with the exit status of the signal; what

@@ -12,7 +12,6 @@ another number of processes shifts and mirrors pictures otherwise, and normalise
 import json
 import math
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from ldm.blocks import ModelConfig, Network
 from pipelines.files import newest, open_network, read_weights, save_network
 from train.answers import Tasks, augmented, numbered, read_answers, softened
-from train.config import parse
+from train.config import at_least_one, parse
 from train.data import batch_indices, generator, permutation, refuse_other_data, sent, to_unit
 from train.extractors import ACCURACY
 from train.launch import MixedPrecision, errors_said, matrix_type, start
@@ -176,9 +175,7 @@ class Config:
     font: str | None = None  # the colour emoji font's file, for pictograms
 
     def __post_init__(self) -> None:
-        for name in ("views", "epochs", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: expected at least 1".replace("_", "-"))
+        at_least_one(self, "views", "epochs", "batch_size", "checkpoint_every")
         if not 0 <= self.soften <= 1:
             raise ValueError(f"--soften is {self.soften}: expected a share from 0 to 1")
         if not 0 <= self.shift < self.model.sample_size // 2:
@@ -272,7 +269,6 @@ def main(config: Config) -> Path:
     accelerator.print(f"recogniser: {parameters / 1e6:.2f} M parameters, {updates} updates of {global_batch}")
 
     progress = Progress(accelerator, update, updates, config.checkpoint_every)
-    began, seen = time.perf_counter(), 0
     for update in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, peak=config.learning_rate, warmup=warmup, updates=updates)
@@ -296,9 +292,8 @@ def main(config: Config) -> Path:
         optimizer.step()
         optimizer.zero_grad()
         due, done = progress.advance(), progress.done
-        seen += global_batch
         if done % 25 == 0 or done == updates:
-            numbers = {"loss": float(loss.detach()), "pictures_per_second": seen / (time.perf_counter() - began)}
+            numbers = {"loss": float(loss.detach()), "pictures_per_second": progress.rate(global_batch)}
             accelerator.log(numbers, done)
             progress.bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['pictures_per_second']:.0f} pictures/s")
         if due:

@@ -16,7 +16,6 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from conditioning.context import Unconditional
 from conditioning.labels import Labels
 from pipelines import TextToImagePipeline
 from pipelines.files import checkpoints, newest
@@ -59,17 +58,12 @@ def open_painter(
     return pipe
 
 
-def is_told(pipe: TextToImagePipeline) -> bool:
-    """Whether the model takes captions or classes."""
-    return not isinstance(pipe.model.conditioner, Unconditional)
-
-
 def prompts_of(pipe: TextToImagePipeline, captions: Sequence[str], count: int, seed: int) -> list[str]:
     """`count` prompts out of the captions of a reference, each as often as the next, in an order that the seed decides.
 
     Raises ValueError where the model is told something and the reference does not say what.
     """
-    if not is_told(pipe):
+    if not pipe.model.is_told:
         return [""] * count
     said = [caption for caption in captions if caption]
     if not said:
@@ -111,14 +105,14 @@ def paint_samples(
     sampler = how.sampler or defaults.sampler or sampler_of(pipe.model.scheduler)
     notes |= {"steps": how.steps or defaults.steps, "sampler": sampler}
     scale = defaults.guidance_scale if how.guidance is None else how.guidance
-    notes["guidance"] = max(1.0, scale) if is_told(pipe) else 1.0
+    notes["guidance"] = max(1.0, scale) if pipe.model.is_told else 1.0
     low, high = how.guidance_interval or defaults.guidance_interval or (0.0, math.inf)
     notes["guidance_interval"] = [low, min(high, 1e9)] if low > 0 or high < math.inf else None  # JSON has no infinity
     notes |= {"loras": pipe.loras or None, "first_noise": first}
     notes |= {"dtype": str(pipe.dtype).removeprefix("torch."), "batch": how.batch}
     notes |= {"prompts": reference if any(prompts) else "", "views": defaults.views}
     folder.mkdir(parents=True, exist_ok=True)
-    _check_notes(folder, notes, accelerator, guided=is_told(pipe))
+    _check_notes(folder, notes, accelerator, guided=pipe.model.is_told)
     files = [folder / f"{i:06d}.png" for i in range(len(prompts))]
     batches = range(0, len(prompts), how.batch)
     mine = [start for n, start in enumerate(batches) if n % accelerator.num_processes == accelerator.process_index]

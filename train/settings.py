@@ -6,6 +6,7 @@ from typing import Literal
 
 from ldm.pixel_unet import PixelUNetConfig
 from ldm.unet import UNetConfig
+from train.config import at_least_one
 from train.launch import MixedPrecision
 
 # Attention's projections, by the names that they have in the U-Net and in CLIP's text encoder.
@@ -101,22 +102,8 @@ class Config:
     font: str | None = None  # the colour emoji font's file, for pictograms
 
     def __post_init__(self) -> None:
-        for name in (
-            "updates",
-            "batch_size",
-            "accumulate",
-            "checkpoint_every",
-            "keep",
-            "steps",
-            "views",
-            "token_vectors",
-            "prior_pictures",
-            "lora_alpha",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"--size is {self.size}: expected at least 1")
+        at_least_one(self, "updates", "batch_size", "accumulate", "checkpoint_every", "keep", "steps", "views", "size")
+        at_least_one(self, "token_vectors", "prior_pictures", "lora_alpha")
         for name in ("keep_tags", "lora_rank", "huber", "offset_noise", "perturbation", "prior_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least 0")

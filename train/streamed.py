@@ -20,6 +20,11 @@ from vae.autoencoder import Autoencoder, Identity, Posterior
 OPENERS = 8  # streams that are read at once, which matters where each has to wait for a network
 
 
+def stream_count(shards: Shards, positions: int) -> int:
+    """Into how many streams the files of a set are dealt, that has so many positions of a global batch."""
+    return min(len(shards.files), STREAMS, positions)
+
+
 class Call(NamedTuple):
     """The arguments of `take`."""
 
@@ -228,7 +233,7 @@ class StreamFeed:
             position -= counts[part]
             part += 1
         n = counts[part]
-        streams = min(len(self.sets[part].files), STREAMS, n)
+        streams = stream_count(self.sets[part], n)
         stream = position * streams // n
         begin, end = -(-stream * n // streams), -(-(stream + 1) * n // streams)
         return part, f"{part}.{stream}", call.update * (end - begin) + position - begin
@@ -236,8 +241,7 @@ class StreamFeed:
     def uneven(self, global_batch: int) -> Iterator[str]:
         """Of each set some of whose files are read faster than others, a sentence that says so."""
         for shards, n in zip(self.sets, self._counts(global_batch), strict=True):
-            files = len(shards.files)
-            streams = min(files, STREAMS, n)
+            files, streams = len(shards.files), stream_count(shards, n)
             shares = [-(-(s + 1) * n // streams) + (-s * n // streams) for s in range(streams)]  # of a batch
             rates = [share / len(range(s, files, streams)) for s, share in enumerate(shares)]
             if max(rates) > 1.25 * min(rates):
@@ -264,7 +268,7 @@ class StreamFeed:
     def _stream(self, part: int, name: str, global_batch: int) -> Stream:
         if name not in self.streams:
             shards = self.sets[part]
-            streams = min(len(shards.files), STREAMS, self._counts(global_batch)[part])
+            streams = stream_count(shards, self._counts(global_batch)[part])
             number = int(name.partition(".")[2])
             self.streams[name] = Stream(shards, number, streams, self.seed, self.held[part], self.unusable[part])
             if name in self.begins:

@@ -115,7 +115,7 @@ class Texts:
             return nested({name: v[sent(chosen, v.device)].to(self.device) for name, v in self.table.items()})
         assert self.files
         found = [{name: v[row % SHARD] for name, v in self.files[row // SHARD].items()} for row in places]
-        states = {name: torch.stack([one[name] for one in found]).to(self.device) for name in found[0]}
+        states = {name: sent(torch.stack([one[name] for one in found]), self.device) for name in found[0]}
         return nested({name: v.float() if v.is_floating_point() else v for name, v in states.items()})
 
 

@@ -7,7 +7,6 @@ function of (seed, update, position in the batch), so the same command goes on e
 import copy
 import math
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -205,7 +204,6 @@ def main(config: Config) -> Path:
     mean = partial(accelerator.reduce, reduction="mean")
     latent_shape = (vae.latent_channels, config.crop // vae.downscale, config.crop // vae.downscale)
     progress = Progress(accelerator, update, config.updates, config.checkpoint_every)
-    began, seen = time.perf_counter(), 0
     for update in progress:
         for group in (*optimizer.param_groups, *discriminator_optimizer.param_groups):
             group["lr"] = learning_rate(update, peak=config.learning_rate, warmup=warmup, updates=config.updates)
@@ -240,10 +238,9 @@ def main(config: Config) -> Path:
         ema.step(update)
 
         due, done = progress.advance(), progress.done
-        seen += global_batch
         if done % 50 == 0 or done == config.updates:
             means = means_of(terms)
-            rate = seen / (time.perf_counter() - began)
+            rate = progress.rate(global_batch)
             accelerator.log(
                 {**means, "gradient_norm": float(norm), "ema_distance": ema.distance(), "crops_per_second": rate},
                 done,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from train.config import at_least_one, check_clip
 from train.launch import MixedPrecision
 from vae.autoencoder import AutoencoderConfig
 from vae.losses import LossWeights
@@ -63,11 +64,8 @@ class Config:
     font: str | None = None  # the colour emoji font's file, for pictograms
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "crop", "size", "views", "checkpoint_every"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {number}: expected at least 1")
-        if not self.clip > 0:
-            raise ValueError(f"--clip {self.clip}: expected above 0, inf for no limit")
+        at_least_one(self, "updates", "batch_size", "crop", "size", "views", "checkpoint_every")
+        check_clip(self)
         if self.decoder_only and not self.init:
             raise ValueError("--decoder-only keeps the encoder of an autoencoder: name it by --init")
         if self.latent_noise < 0 or (self.latent_noise and not self.decoder_only):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conditioning.context import Conditioner, Context, Unconditional
+from conditioning.context import Conditioner, Context
 from conditioning.labels import Labels
 from ldm.denoiser import Denoiser
 from ldm.loss import denoising_loss
@@ -112,7 +112,7 @@ def sample_prompts(config: Config, model: Model, latents: Latents) -> list[str]:
     """The prompts of the grid: those of the settings, of a drawn set, names of labels, or some pictures' captions."""
     if config.prompts:
         return list(config.prompts)
-    if isinstance(model.conditioner, Unconditional):
+    if not model.is_told:
         return [""] * 8
     if isinstance(model.conditioner, Labels):
         return list(model.conditioner.names[:8])
