@@ -99,7 +99,7 @@ class Denoiser(nn.Module):
 
     @contextmanager
     def learned_variance(self) -> Iterator[Callable[[Tensor, Tensor | float], Tensor]]:
-        """Within it, the learned variance of the network's last run, for a network of 2 C channels.
+        """A context in which a network of 2 C channels tells its variance: it yields what gives that of the last run.
 
         Its last C are 2 v - 1: at -1 the log-variance of a step is the small one, at 1 the large one
         (arXiv:2102.09672, equation 15, and its code; diffusers' "learned_range").

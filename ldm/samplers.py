@@ -43,7 +43,7 @@ def ddim(
 ) -> Tensor:
     """DDIM (arXiv:2010.02502, equations 12 and 16): eta 0 is deterministic, eta 1 is ancestral sampling.
 
-    Raises ValueError for an eta outside.
+    Raises ValueError unless 0 <= eta <= 1.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}: expected from 0 (no noise is added) to 1 (as much as in ancestral sampling)")

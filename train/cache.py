@@ -237,6 +237,7 @@ def _encode_shard(
 
 
 def shape_name(pixels: tuple[int, ...], downscale: int) -> str:
+    """Height×width of the latents of a picture [H, W, 3], which names their tensors in a shard."""
     return f"{pixels[0] // downscale}x{pixels[1] // downscale}"
 
 

@@ -13,6 +13,7 @@ NAMES = ("text", "caption", "prompt")  # of fields that hold captions, the first
 
 
 def clean(texts: Sequence[str | None]) -> tuple[str, ...]:
+    """The texts without blanks around them; empty ones are left out."""
     return tuple(t.strip() for t in texts if t and t.strip())
 
 

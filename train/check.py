@@ -36,12 +36,14 @@ class Seen(NamedTuple):
 
 
 def seen(example: Example) -> Seen:
+    """What is kept of a picture that could be read."""
     content = hashlib.blake2b(repr(example.image.size).encode() + example.image.tobytes(), digest_size=8).digest()
     error = "" if example.captions else "no caption"
     return Seen(example.key, example.image.size, content, example.captions, error)
 
 
 def broken(key: str, error: Exception) -> Seen:
+    """What is kept of one that could not."""
     return Seen(key, None, b"", (), str(error).removeprefix(f"{key}: "))
 
 

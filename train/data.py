@@ -257,7 +257,7 @@ def draws(seed: int, update: int, first: int, size: int, global_batch: int, coun
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the computer's own memory on a device; on its way to a GPU nobody waits for what that computes."""
+    """A CPU tensor, copied to the device; to a GPU while that computes, and without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -193,6 +193,7 @@ def read_text(file: Path) -> str:
 
 
 def decoded(text: bytes, name: str) -> str:
+    """UTF-8; ValueError that names what is none."""
     try:
         return text.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
     except UnicodeDecodeError as error:

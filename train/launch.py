@@ -36,9 +36,9 @@ def start(
     """An `Accelerator` whose processes are those that the launcher was asked for, each with its share of the cores.
 
     mixed_precision: None takes what the launcher was told, and "no" without one. accumulate: steps of an update.
-    shards: whether the script can train in shards. OMP_NUM_THREADS above 1 is kept.
+    shards: whether the script can train with FSDP or DeepSpeed. OMP_NUM_THREADS above 1 is kept.
 
-    Raises ValueError when it can't and was told to (FSDP, DeepSpeed), when fewer processes run than were asked for
+    Raises ValueError when the launcher asks for these and it can't, when fewer processes run than were asked for
     (`accelerate launch --cpu --num_processes 2` starts one), or when several were started that do not know each other
     (`--multi_gpu` on a machine without a GPU).
     """

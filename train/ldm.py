@@ -196,7 +196,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
         return total, norm
 
     def save(output: Path) -> Path | None:
-        """A checkpoint; all processes have to ask, because each may hold a part of the weights."""
+        """A checkpoint; every process has to make this call, because each may hold a part of the weights."""
         state = carried.state(keep=accelerator.is_main_process) | {"global_batch": global_batch}
         with ema.applied():
             shown = unsharded(model)

@@ -101,8 +101,8 @@ class Support(NamedTuple):
 
 
 def precision_recall(real: Tensor, samples: Tensor, k: int = 3) -> Support:
-    """Whether each picture is nearer to one of the other set than that one's own k-th neighbour in its set is
-    (Kynkäänniemi et al., arXiv:1904.06991, equations 1 to 3)."""
+    """The shares of each set that lie inside the other's support: no further from one of its pictures than that one's
+    own k-th neighbour is (Kynkäänniemi et al., arXiv:1904.06991, equations 1 to 3)."""
     if min(len(real), len(samples)) <= k:
         raise ValueError(
             f"precision of {len(samples)} samples and {len(real)} pictures: expected more than {k} of each"

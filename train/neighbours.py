@@ -56,7 +56,8 @@ def _said(distance: float | None) -> str:
 
 def copies(training: Reference, vae: Autoencoder, count: int, out: Path, accelerator: Accelerator) -> FolderSource:
     """`count` training pictures, drawn at random, as the autoencoder gives them back: what a model that had learnt them
-    by heart would paint. Kept in a folder below `out`; all processes have to ask, the first one computes."""
+    by heart would paint. Kept in a folder below `out`; a collective call: every process has to make it, and the first
+    one computes."""
     folder = out / f"copies-{digest(training.hash, weights_digest(vae), str(count))[:8]}"
     if accelerator.is_main_process and len(list(folder.glob("*.png"))) < min(count, len(training)):
         _write_copies(training, vae, count, folder)
@@ -86,9 +87,12 @@ def memorisation(
 ) -> dict[str, Any]:
     """Compares the distances, in features, and writes the sheet.
 
-    extractor: names the features.
-
-    learnt: what `copies` makes, which shows whether copies would be seen: an autoencoder changes pictures as well.
+    Args:
+        samples, held_out, training: features of what was painted, of pictures that were not trained on, of those that
+            were.
+        sheet: the PNG to write.
+        learnt: what `copies` makes, which shows whether copies would be seen: an autoencoder changes pictures as well.
+        extractor: names the features.
 
     Returns the medians of the distances to the nearest training picture, their ratio, and which share of the samples is
     nearer than all but NEAR of the held-out pictures are: about NEAR where nothing is memorised, 1 in n + 1 where these

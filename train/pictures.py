@@ -100,5 +100,6 @@ def digest(*parts: str | bytes) -> str:
 
 
 def file_hash(file: Path) -> str:
+    """SHA-256 of what it holds, in hexadecimal digits."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

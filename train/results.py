@@ -27,8 +27,8 @@ def write_result(
 ) -> None:
     """Writes a result to a JSON file.
 
-    of: what a result is of, each as a JSON value; None where it does not say. With one of the same things that the file
-    holds, it is joined; those of other things stay, whole, under "earlier".
+    of: what a result was measured of, by name, None where it does not say. A result in the file that agrees with `now`
+    in all that both say is joined with it; the others are kept whole, under "earlier".
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

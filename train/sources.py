@@ -224,6 +224,7 @@ def _elsewhere(data: str, template: Template | None, bare: bool) -> TarSource | 
 
 
 def is_remote(data: str) -> bool:
+    """Whether --data is an address, of `hf://`, `https://` or `s3://`."""
     return "://" in data
 
 

@@ -28,7 +28,8 @@ ANY_RUN_MAY_CHANGE = ("output", "workers", "cache", "font", "checkpoint_every", 
 
 
 def whole(value: Any, *, keep: bool = True) -> Any:
-    """A copy of a state in the computer's own memory, in which sharded tensors are whole; all processes have to ask.
+    """A copy of a state in the computer's own memory, in which sharded tensors are whole; a collective call:
+    every process has to make it.
 
     keep: False puts None in the place of tensors, for a process that is only asked for its shards.
     """
@@ -68,7 +69,8 @@ class Carried:
     others: dict[str, Resumable]
 
     def state(self, *, keep: bool = True) -> dict[str, Any]:
-        """Copies, in which sharded tensors are whole; all processes have to ask, also those that keep nothing."""
+        """Copies, in which sharded tensors are whole; a collective call: every process has to make it, also those that
+        keep nothing."""
         zero = self.optimizer if isinstance(self.optimizer, Zero) else None
         optimizer = zero.state_dict(keep=keep) if zero else self.optimizer.state_dict()
         weights = whole(dict(self.weights), keep=keep)

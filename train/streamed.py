@@ -143,7 +143,7 @@ class StreamFeed:
         return contextlib.nullcontext()  # all batches have one shape
 
     def state(self) -> dict[str, Any]:
-        """Where the streams stand, of all processes: all of them have to ask."""
+        """Where the streams stand, of all processes; a collective call: every process has to make it."""
         served: dict[str, list] = {}
         for name, cursor in self.gather([(name, list(cursor)) for name, cursor in self.served.items()]):
             served[name] = min(cursor, served.get(name, cursor))  # where several read a stream, the hindmost counts

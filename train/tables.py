@@ -138,6 +138,7 @@ def open_hub(name: str, split: str, template: Template | None = None, *, bare: b
 
 
 def source_of(rows: Any, where: str, files: list[Path], template: Template | None, bare: bool) -> ParquetSource:
+    """A table of `datasets`, with its columns found; ValueError where it has none of pictures, or no rows."""
     import datasets
 
     if not len(rows):

@@ -29,10 +29,13 @@ def longest(conditioner: Conditioner, captions: Sequence[tuple[str, ...]]) -> in
 
 
 class Texts:
-    """Captions to context rows: all encoded once, into memory or, where they do not fit, into files; or as they come,
-    where one of them needs more than one window of the encoder (all batches then have as many as the longest caption
-    needs) or there is no place for files. Captions that were not foreseen, as shuffled tags are, are encoded
-    as they come, too."""
+    """Captions to context rows, all encoded once,
+
+    - into memory,
+    - or, where they do not fit, into files;
+    - as they come, where one of them needs more than one window of the encoder (all batches then have as many as the
+      longest caption needs), where there is no place for files, or where they were not foreseen, as shuffled tags.
+    """
 
     def __init__(
         self,

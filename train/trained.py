@@ -134,7 +134,8 @@ def save_trained(model: Model, config: Config, folder: Path) -> None:
 
 
 def unsharded(model: Model) -> Model:
-    """The model with whole weights in the computer's memory, for one process to write; all processes have to ask."""
+    """The model with whole weights in the computer's memory, for one process to write; a collective call: every
+    process has to make it."""
     changed: dict[str, Any] = {}
     if _sharded(model.unet):
         changed["unet"] = _copied(model.unet)

@@ -69,6 +69,7 @@ def crops(
 
 
 def means_of(terms: dict[str, Tensor]) -> dict[str, float]:
+    """Of the loss's terms, [B] each."""
     return {name: term.mean().item() for name, term in terms.items()}
 
 

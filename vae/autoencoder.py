@@ -263,7 +263,12 @@ class Autoencoder(Network):
     ) -> tuple[Tensor, Posterior, Tensor | None]:
         """One training pass.
 
-        added: to the latents, before they are decoded.
+        Args:
+            images: [B, in_channels, H, W] in [-1, 1].
+            noise: standard normal like the latents, [B, C, h, w]; None takes the posterior's mode.
+            halved: whether the latents, averaged over 2×2, are decoded as well.
+            turns: quarters by which these are turned before.
+            added: to the latents, before they are decoded: [B, C, h, w].
 
         Returns:
             The reconstruction of a sample of the posterior, or of its mode without noise; the posterior; with `halved`
