@@ -23,7 +23,7 @@ class Group:
         number: of the group among several, None where it is alone."""
         self.members, self.repeats, self.seed, self.number = members, repeats, seed, number
         self.even = bool((repeats == 1).all())
-        # Of a picture that comes 2.5 times an epoch it decides when it comes twice and when three times: 2.5 on average.
+        # It decides when a picture of 2.5 repeats comes twice in an epoch and when three times: 2.5 times on average.
         self.phase = torch.rand(len(members), generator=generator(seed, -3, number or 0), dtype=torch.float64)
         self.kept: OrderedDict[int, Tensor] = OrderedDict()
         self.counts: dict[int, int] = {}

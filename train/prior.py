@@ -42,7 +42,7 @@ class Painted:
         self._text.write_text(self.caption, encoding="utf-8")  # last: says that the picture is whole
 
     def is_there(self) -> bool:
-        """False, too, if it is of another caption, seed, size or model, such as a killed run with other settings leaves."""
+        """False, too, for one of another caption, seed, size or model, as a killed run of other settings leaves it."""
         try:
             with Image.open(self.file) as image:
                 seed = image.info.get("seed", str(self.seed))  # earlier pictures do not say theirs

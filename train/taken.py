@@ -33,7 +33,7 @@ class Feed(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Where a stream stands, or what a cached set is, fit for JSON. A collective call: every process has to make it."""
+        """Where a stream stands, or what a cached set is, fit for JSON; every process has to make this call."""
         ...
 
     def load(self, state: dict[str, Any]) -> None:

@@ -84,8 +84,8 @@ class Zero:
     def zero_grad(self) -> None: ...
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
-        """As `torch.optim.AdamW` has it, with whole tensors in the computer's memory; a collective call: every process has to make it, also
-        those that keep nothing of them."""
+        """As `torch.optim.AdamW` has it, with whole tensors in the computer's memory; every process has to make this
+        call, also those that keep nothing of them."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         (group,) = self.param_groups
