@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from pipelines.files import newest, save_network
-from train.build import open_autoencoder
+from train.build import open_autoencoder, own_size
 from train.data import to_unit
 from train.evaluate import draw_rows, drawn_afresh
 from train.pictograms import chosen
@@ -31,10 +31,7 @@ def main(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> No
     assert isinstance(vae, Autoencoder)
     state = torch.load(newest(run) / "training" / "state.pt", weights_only=True, map_location="cpu")
     vae.load_state_dict(dict(zip(dict(vae.named_parameters()), state["ema"], strict=True)))
-    size = vae.config.sample_size
-    drawn = drawn_afresh(
-        draw_rows("train", DRAWINGS, chosen(), 5, None), size if isinstance(size, int) else size[0], None
-    )
+    drawn = drawn_afresh(draw_rows("train", DRAWINGS, chosen(), 5, None), own_size(vae), None)
     latents = vae.encode(to_unit(torch.from_numpy(np.stack([np.array(one) for one in drawn])))).mean
     every = latents.shape[1]
     deviations = (latents.std((0, 2, 3)) / latents.std()).tolist()

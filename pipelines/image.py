@@ -54,7 +54,8 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits in 8, which Pillow would clip at 255; others as they are.
+    """Grey of 16 or 32 bits in 8, which Pillow would clip at 255; others as they are. Numbers of mode I that are all
+    below 256 are taken for 8 bits.
 
     Raises ValueError for numbers of which nothing says what is white.
     """
