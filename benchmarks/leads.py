@@ -49,7 +49,7 @@ from train.metrics import Moments, frechet_distance
 from train.pictograms import Row, captions, chosen, objects_of
 from train.pictures import digest
 from train.presets import PRESETS, THREE_LEVELS
-from train.recogniser import Recogniser
+from train.recogniser_model import Recogniser
 from train.samples import NOISES
 from train.settings import Config
 from train.sources import open_source

@@ -18,7 +18,7 @@ from pipelines.files import checkpoints, save_network
 from tests.sets import png, write_parquet
 from tests.training import COLOURS, UNET, Killed, kill_at
 from train.presets import PRESETS
-from train.recogniser import Recogniser, RecogniserConfig
+from train.recogniser_model import Recogniser, RecogniserConfig
 from train.set_presets import PHOTOS
 
 cifar10, curves, timed = (importlib.import_module(f"benchmarks.{name}") for name in ("cifar10", "curves", "timed"))

@@ -11,8 +11,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 import ldm.blocks
 import ldm.transformer
 import ldm.unet
+from pipelines.files import checkpoints
 from pipelines.folder import load_model
-from train.state import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))

@@ -20,7 +20,7 @@ from tests.test_drawn import needs_font
 from train.evaluate import beside_training, draw_rows, evaluate, judged, open_pictogram_judge, several
 from train.extractors import open_extractor
 from train.pictograms import STYLES, Pictograms, Row, captions, chosen, paint
-from train.recogniser import Recogniser, RecogniserConfig
+from train.recogniser_model import Recogniser, RecogniserConfig
 from train.reference import InMemory
 from train.results import joined
 from train.samples import Painting

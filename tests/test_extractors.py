@@ -26,7 +26,7 @@ from tests.conftest import CAPTIONS, tiny_text_encoder
 from train.clip_model import load_clip, save_clip
 from train.data import to_unit
 from train.extractors import CLIP_MEAN, CLIP_STD, normal_of, open_extractor
-from train.recogniser import BEFORE_LOGITS, Recogniser, RecogniserConfig, load_recogniser
+from train.recogniser_model import BEFORE_LOGITS, Recogniser, RecogniserConfig, load_recogniser
 
 CLIP = {
     "embed_dim": 12,

@@ -18,7 +18,7 @@ from pipelines.files import save_network
 from train.extractors import open_extractor
 from train.judge import answers_of, drawn_captions, evaluate_classes, open_judge, right_by_caption, verdicts
 from train.presets import PRESETS
-from train.recogniser import Recogniser, RecogniserConfig, load_recogniser
+from train.recogniser_model import Recogniser, RecogniserConfig, load_recogniser
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -50,7 +50,7 @@ def judge(patches: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recogniser(patches: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = train.recogniser.RecogniserConfig(sample_size=8, widths=(8, 8))
+    model = RecogniserConfig(sample_size=8, widths=(8, 8))
     few = {"epochs": 60, "warmup": 5, "batch_size": 16, "shift": 1, "workers": 0, "mixed_precision": "bf16"}
     config = train.recogniser.Config(data=str(patches), model=model, cache=patches.parent / "cache", **few)
     return train.recogniser.main(replace(config, output=tmp_path_factory.mktemp("recogniser")))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.files import checkpoints
 from tests.killing import run_killed
 from tests.training import UNET
 from train.settings import Config
-from train.state import checkpoints
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

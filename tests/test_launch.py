@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import train.vae
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from pipelines import TextToImagePipeline
+from pipelines.files import checkpoints
 from train.launch import errors_said, memory_format, start
 from train.ldm import main
 from train.presets import PRESETS
-from train.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

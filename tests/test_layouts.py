@@ -14,7 +14,7 @@ from conditioning.semantic import SemanticConfig, SemanticEncoder
 from ldm.classifier import NoisyClassifier, NoisyClassifierConfig
 from ldm.mlp import MLP
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
-from train.recogniser import Recogniser, RecogniserConfig
+from train.recogniser_model import Recogniser, RecogniserConfig
 
 
 def waves(shape: torch.Size, step: float) -> Tensor:

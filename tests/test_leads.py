@@ -15,7 +15,7 @@ from pipelines import TextToImagePipeline
 from pipelines.files import load_autoencoder, save_network
 from pipelines.folder import load_model
 from train.pictograms import GROUNDS, STYLES, things
-from train.recogniser import Recogniser, RecogniserConfig
+from train.recogniser_model import Recogniser, RecogniserConfig
 from train.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ import train.pictograms
 from pipelines.files import save_network
 from tests.test_drawn import needs_font
 from train.pictograms import STYLES, things
-from train.recogniser import Recogniser, RecogniserConfig
+from train.recogniser_model import Recogniser, RecogniserConfig
 
 pytestmark = [pytest.mark.usefixtures("in_process"), needs_font]
 

@@ -22,12 +22,12 @@ from ldm.samplers import ddpm
 from ldm.schedule import EDM, RectifiedFlow, VariancePreserving
 from ldm.unet import UNet
 from pipelines import TextToImagePipeline
+from pipelines.files import checkpoints
 from pipelines.folder import Model, for_atelier_alone, load_model, save_model, scheduler_config
 from tests.conftest import tiny_model
 from train.ldm import main
 from train.objective import denoising
 from train.settings import SMALL, Config
-from train.state import checkpoints
 
 T = 6
 TABLE = VariancePreserving(torch.linspace(0.02, 0.6, T, dtype=torch.float64))

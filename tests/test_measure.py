@@ -28,7 +28,7 @@ from train.extractors import Extractor, open_extractor
 from train.measure import Measuring, measure
 from train.metrics import Moments, frechet_distance, kernel_distance
 from train.neighbours import in_words
-from train.recogniser import Recogniser, RecogniserConfig, load_recogniser
+from train.recogniser_model import Recogniser, RecogniserConfig, load_recogniser
 from train.samples import NOISES, Painting, is_model
 from vae.autoencoder import Identity
 

@@ -12,8 +12,8 @@ import torch
 
 from pipelines import TextToImagePipeline
 from pipelines.files import save_network
-from train.recogniser import Recogniser, RecogniserConfig
-from train.state import save_checkpoint
+from train.checkpoints import save_checkpoint
+from train.recogniser_model import Recogniser, RecogniserConfig
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

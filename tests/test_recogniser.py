@@ -15,12 +15,13 @@ from PIL import Image
 import train.answers
 import train.pictograms
 import train.recogniser
+from pipelines.files import checkpoints
 from tests.test_drawn import needs_font
 from tests.training import poison
 from train.answers import GRAIN, augmented, drawings, numbered, softened
 from train.data import to_unit
-from train.recogniser import PRESETS, Config, Recogniser, RecogniserConfig, load_recogniser, main
-from train.state import checkpoints
+from train.recogniser import PRESETS, Config, main
+from train.recogniser_model import Recogniser, RecogniserConfig, load_recogniser
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -13,7 +13,7 @@ from pipelines.files import save_network
 from train.extractors import Extractor, open_extractor
 from train.folders import FolderSource, open_folder
 from train.metrics import Moments
-from train.recogniser import Recogniser, RecogniserConfig
+from train.recogniser_model import Recogniser, RecogniserConfig
 from train.reference import Reference, open_reference
 from train.samples import common_side, read_samples
 

@@ -20,7 +20,7 @@ from pipelines.scheduler import sampler_of
 from tests.lora import factors
 from tests.test_bits import silent_model
 from train.measure import Measuring, measure
-from train.recogniser import Recogniser, RecogniserConfig
+from train.recogniser_model import Recogniser, RecogniserConfig
 from train.samples import NOISES, NOTES, Painting, common_side, notes_of, open_painter, paint_samples, read_samples
 from vae.autoencoder import Identity
 

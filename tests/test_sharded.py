@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train.launch
+from pipelines.files import checkpoints
 from pipelines.folder import load_model
 from tests.killing import run_killed
 from tests.training import UNET, paint, state
 from train.build import optimizer_for
 from train.settings import Config
-from train.state import checkpoints
 from train.trained import refuse_shards
 from train.zero import settle
 

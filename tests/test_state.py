@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from pipelines.files import newest
-from train.state import EMA, Carried, checkpoints, clamp_warmup, learning_rate, resume, save_checkpoint
+from pipelines.files import checkpoints, newest
+from train.checkpoints import resume, save_checkpoint
+from train.state import EMA, Carried, clamp_warmup, learning_rate
 
 
 def test_ema_is_its_recursion() -> None:

@@ -16,6 +16,7 @@ import ldm.unet
 import train.ldm
 from ldm.loss import X0, denoising_loss
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
+from pipelines.files import checkpoints
 from pipelines.inpainting import begin
 from tests.conftest import tiny_model
 from tests.training import state, weights
@@ -26,7 +27,6 @@ from train.inpainting import EVERYTHING, draw_mask, nothing_known, shown_beside
 from train.ldm import main
 from train.objective import denoising
 from train.settings import Config
-from train.state import checkpoints
 from train.taken import Taken
 
 pytestmark = pytest.mark.usefixtures("in_process")

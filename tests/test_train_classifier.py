@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 import train.classifier
 from ldm.classifier import NoisyClassifierConfig
 from pipelines.classifier import load_classifier
-from train.classifier import PRESETS, Config, classes_of, main
-from train.sources import FolderSource
-from train.state import checkpoints
+from pipelines.files import checkpoints
+from train.classifier import PRESETS, Config, main
+from train.sources import FolderSource, classes_of
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -17,12 +17,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train.clip
 from conditioning.clip import ClipTextEncoder
+from pipelines.files import checkpoints
 from tests.test_drawn import needs_font
 from train.clip import Config, draw_pairs, jittered, main, retrieval
 from train.clip_model import export_text_tower, load_clip, tokenise
 from train.data import Pictures, read_pictures, to_unit
 from train.sources import open_source
-from train.state import checkpoints
 
 
 @pytest.fixture(scope="module")

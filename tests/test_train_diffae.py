@@ -15,11 +15,11 @@ import train.diffae
 from conditioning.semantic import SemanticConfig
 from ldm.unet import UNetConfig
 from pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
+from pipelines.files import checkpoints
 from pipelines.folder import load_model
 from train.codes import train_codes
 from train.config import parse
 from train.diffae import PRESETS, Config, main
-from train.state import checkpoints
 from vae.autoencoder import Autoencoder
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -19,12 +19,12 @@ from ldm.denoiser import Denoiser
 from ldm.schedule import VariancePreserving
 from ldm.unet import UNet
 from pipelines import TextToImagePipeline
+from pipelines.files import checkpoints
 from pipelines.folder import load_model
 from tests.training import COLOURS, UNET, paint, state, weights
 from train.cache import Latents
 from train.ldm import main
 from train.settings import Config
-from train.state import checkpoints
 from train.texts import Texts
 from train.watch import validate
 

@@ -12,13 +12,13 @@ import train.ldm
 import train.trained
 import train.watch
 from ldm.pixel_unet import PixelUNetConfig
+from pipelines.files import checkpoints
 from tests.training import Killed, kill_at, paint, poison, state, weights
 from train.batch import draw_batch
 from train.data import batch_indices
 from train.feed import Taken
 from train.ldm import main
 from train.settings import Config
-from train.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

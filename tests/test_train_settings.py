@@ -11,6 +11,7 @@ from PIL import Image
 import train.ldm
 import train.objective
 import train.watch
+from pipelines.files import checkpoints
 from pipelines.folder import load_model
 from tests.training import COLOURS, UNET
 from train.build import fitted, new_unet
@@ -19,7 +20,6 @@ from train.ldm import main
 from train.presets import PRESETS, check_model_settings, preset_for, presets_for
 from train.settings import SMALL, Config, settled
 from train.sources import first_captions, open_source
-from train.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

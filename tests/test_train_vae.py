@@ -14,11 +14,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 import train.vae
-from pipelines.files import load_autoencoder
+from pipelines.files import checkpoints, load_autoencoder
 from tests.training import poison
 from train.data import read_pictures, to_unit
 from train.sources import open_source
-from train.state import checkpoints
 from train.vae import crops, main, new_autoencoder, normalise_latents, paint_samples, reconstruct
 from train.vae_settings import PRESETS, TINY, Config
 from vae.autoencoder import Autoencoder, AutoencoderConfig

@@ -10,11 +10,11 @@ from PIL import Image
 
 import train.ldm
 from pipelines import TextToImagePipeline
+from pipelines.files import checkpoints
 from pipelines.folder import load_model
 from tests.training import Killed, kill_at, state
 from train.ldm import main
 from train.settings import Config
-from train.state import checkpoints
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

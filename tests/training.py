@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train.ldm
 from ldm.unet import UNetConfig
 from pipelines import TextToImagePipeline
-from train.state import checkpoints
+from pipelines.files import checkpoints
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow", "purple", "orange")
 UNET = UNetConfig(

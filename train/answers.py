@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.classifier import classes_of
 from train.data import Pictures, read_pictures
 from train.pictograms import Pictograms, Row, find_font, is_drawn, objects_of
-from train.sources import Drawn, Source, describe, open_source
+from train.sources import Drawn, Source, classes_of, describe, open_source
 
 GRAIN = 0.1  # standard deviation of the most noise that pictures are softened by, white being 1 and black -1
 Tasks = tuple[tuple[str, tuple[str, ...]], ...]  # name of what is asked -> names of the answers

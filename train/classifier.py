@@ -25,13 +25,14 @@ from ldm.loss import training_noise
 from pipelines.files import read_weights, save_network
 from train.build import begin_at_zero, decaying, open_autoencoder, side_for
 from train.cache import Latents, cache_latents
+from train.checkpoints import common_state, resume, save_checkpoint, take_up
 from train.config import at_least_one, check_clip, parse
-from train.data import draws, generator, permutation, refuse_other_data, sent
+from train.data import draws, generator, permutation, sent
 from train.hashes import FileHashes
 from train.launch import MixedPrecision, errors_said, memory_format, start
-from train.progress import Progress, refuse_bad_step
-from train.sources import Source, describe, first_captions, open_source
-from train.state import clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
+from train.progress import Progress, follow_gradient
+from train.sources import classes_of, describe, open_source
+from train.state import clamp_warmup, learning_rate
 
 SMALL = NoisyClassifierConfig()
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # at which the accuracy is measured
@@ -82,19 +83,6 @@ PRESETS = {
     # EPYC: 99.0% of the 10,000 test pictures are right.
     "clean": replace(DIGITS, output=Path("runs/judge"), noise_mean=-3.0, noise_std=0.5, seed=1),
 }
-
-
-def classes_of(source: Source) -> tuple[str, ...]:
-    """The distinct first captions, sorted; ValueError where they can't be classes."""
-    names = tuple(sorted(first_captions(source)))
-    if len(names) < 2 or 2 * len(names) > len(source):
-        some = names[0] if names else None
-        raise ValueError(
-            f"{len(source)} pictures of {len(names)} classes (the first captions, for instance {some!r}): "
-            "expected at least two classes, and two pictures of each: give a folder of class folders, or a parquet "
-            "file whose text names the class"
-        )
-    return names
 
 
 @torch.no_grad()
@@ -156,17 +144,11 @@ def main(config: Config) -> Path:
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
     groups = decaying(classifier, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    update = 0
     global_batch = config.batch_size * accelerator.num_processes
-    free = ("updates", "batch_size")
-    if found := resume(config.output, config, may_change=free, global_batch=global_batch):
-        folder, state = found
-        refuse_other_data(state, contents)
-        update = state["update"]
-        classifier.load_state_dict(read_weights(folder))
-        optimizer.load_state_dict(state["optimizer"])
-        load_scaler(accelerator, state)
-        accelerator.print(f"going on from {folder}")
+    found = resume(config.output, config, may_change=("updates", "batch_size"), global_batch=global_batch)
+    update = take_up(accelerator, optimizer, contents, found)
+    if found:
+        classifier.load_state_dict(read_weights(found[0]))
     network, optimizer = accelerator.prepare(classifier, optimizer)
     accelerator.init_trackers("classifier")
     parameters = sum(p.numel() for p in classifier.parameters())
@@ -184,11 +166,9 @@ def main(config: Config) -> Path:
         x0 = latents.posterior(drawn.indices, device).sample(posterior_noise)
         sigma = noise_levels.sigma(sent(drawn.u, device))
         loss = classification_loss(network, x0, sent(labels[drawn.indices], device), sigma, noise).mean()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
-        refuse_bad_step(accelerator, loss, norm, update, config.output)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = follow_gradient(
+            accelerator, optimizer, loss, network.parameters(), update, config.output, clip=config.clip
+        )
 
         due, done = progress.advance(), progress.done
         if done % 25 == 0 or done == config.updates:
@@ -198,9 +178,8 @@ def main(config: Config) -> Path:
             progress.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {numbers['pictures_per_second']:.0f} pictures/s")
         if due:
             if accelerator.is_main_process:
-                kept = {"optimizer": optimizer.state_dict(), "scaler": scaler_state(accelerator)}
-                kept |= {"global_batch": global_batch, "data": contents}
-                saved = save_checkpoint(config.output, done, lambda f: save_network(classifier, f), kept, config)
+                state = common_state(accelerator, optimizer, global_batch, contents)
+                saved = save_checkpoint(config.output, done, lambda f: save_network(classifier, f), state, config)
                 shares = accuracies(classifier, unseen, answers, device)
                 accelerator.log(shares, done)
                 shown = ", ".join(f"{key.split()[-1]}: {share:.3f}" for key, share in shares.items())

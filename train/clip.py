@@ -27,13 +27,14 @@ from torch import Tensor
 
 from conditioning.tokenizer import ClipTokenizer
 from train.build import decaying
+from train.checkpoints import common_state, resume, save_checkpoint, take_up
 from train.clip_model import WEIGHTS, ClipModel, save_clip, tokenise
 from train.config import at_least_one, check_clip, flags_in, parse
-from train.data import Pictures, generator, read_pictures, refuse_other_data, sent, to_unit
+from train.data import Pictures, generator, read_pictures, sent, to_unit
 from train.launch import MixedPrecision, errors_said, start
-from train.progress import Progress, refuse_bad_step
+from train.progress import Progress, follow_gradient
 from train.sources import describe, open_source
-from train.state import clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
+from train.state import clamp_warmup, learning_rate
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
@@ -205,15 +206,9 @@ def main(config: Config) -> Path:
     network = open_clip.CLIP(**arguments).to(memory_format=layout)
     groups = decaying(network, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    update = 0
+    update = take_up(accelerator, optimizer, pictures.contents, found)  # other captions have another vocabulary
     if found:
-        folder, state = found
-        refuse_other_data(state, pictures.contents)  # another vocabulary would be learnt from them
-        update = state["update"]
-        network.load_state_dict(load_file(folder / "clip" / WEIGHTS))
-        optimizer.load_state_dict(state["optimizer"])
-        load_scaler(accelerator, state)
-        accelerator.print(f"going on from {folder}")
+        network.load_state_dict(load_file(found[0] / "clip" / WEIGHTS))
     model, optimizer = accelerator.prepare(network, optimizer)
     contrast = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=processes)
     accelerator.init_trackers("logs")
@@ -235,12 +230,10 @@ def main(config: Config) -> Path:
         model.train()
         seen, said, scale = model(sent(images, device).to(memory_format=layout), sent(ids, device))
         loss = contrast(seen.float(), said.float(), scale)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        said_of = partial("captions {} …".format, [caption for _, caption in pairs[:3]])
-        refuse_bad_step(accelerator, loss, norm, update, config.output, said_of)
-        optimizer.step()
-        optimizer.zero_grad()
+        learns, about = model.parameters(), partial("captions {} …".format, [caption for _, caption in pairs[:3]])
+        norm = follow_gradient(
+            accelerator, optimizer, loss, learns, update, config.output, clip=config.clip, about=about
+        )
         with torch.no_grad():
             network.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
@@ -255,8 +248,7 @@ def main(config: Config) -> Path:
             progress.bar.set_postfix_str(" ".join(f"{name} {number:.3f}" for name, number in numbers.items()))
         if due:
             if accelerator.is_main_process:
-                state = {"optimizer": optimizer.state_dict(), "scaler": scaler_state(accelerator)}
-                state["data"] = pictures.contents
+                state = common_state(accelerator, optimizer, config.batch_size, pictures.contents)
                 save_checkpoint(
                     config.output, done, lambda f: save_clip(f, network, arguments, tokenizer), state, config
                 )

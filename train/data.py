@@ -5,10 +5,10 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -144,16 +144,6 @@ class Pictures(NamedTuple):
     captions: list[tuple[str, ...]]
     keys: list[str]
     contents: str = ""  # fingerprint of the source
-
-
-def refuse_other_data(state: Mapping[str, Any], contents: str) -> None:
-    """ValueError where a run was of other pictures than those of this fingerprint: it would go on in another order,
-    with other ones held out."""
-    if state.get("data", contents) != contents:  # checkpoints had none at first
-        raise ValueError(
-            "--data is not what this run was trained on: pictures or captions were added, removed or changed. Put "
-            "back what was there, and type the same command again; or begin a new run with another --output"
-        )
 
 
 def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, progress: bool = True) -> Pictures:

@@ -30,17 +30,18 @@ from pipelines.files import checkpoints
 from pipelines.folder import Defaults, Model, save_model, scheduler_config
 from train.build import fitted, new_unet, open_autoencoder, side_for
 from train.cache import cache_latents
+from train.checkpoints import common_state, resume, save_checkpoint, take_up
 from train.codes import train_codes
 from train.config import at_least_one, check_clip, parse
-from train.data import draws, permutation, read_pictures, refuse_other_data, sent, to_unit
+from train.data import draws, permutation, read_pictures, sent, to_unit
 from train.grid import grid
 from train.launch import MixedPrecision, errors_said, matrix_type, memory_format, start
 from train.muon import Muon
-from train.progress import Progress, refuse_bad_step
+from train.progress import Progress, follow_gradient
 from train.set_presets import TEXT_IN_PIXELS
 from train.settings import SMALL
 from train.sources import describe, open_source
-from train.state import EMA, clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
+from train.state import EMA, clamp_warmup, learning_rate
 from train.watch import errors_by_level
 
 
@@ -227,16 +228,10 @@ def main(config: Config) -> Path:
     warmup = clamp_warmup(config.warmup, config.updates, accelerator.print)
     ema = EMA(networks, config.ema_decay)
     optimizer: torch.optim.Optimizer = Muon(networks, config.learning_rate, dtype=matrix_type(accelerator))
-    update = 0
+    update = take_up(accelerator, optimizer, pictures.contents, found)
     if found:
-        folder, state = found
-        refuse_other_data(state, pictures.contents)
-        update = state["update"]
-        networks.load_state_dict(state["networks"])
-        ema.load(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        load_scaler(accelerator, state)
-        accelerator.print(f"going on from {folder}")
+        networks.load_state_dict(found[1]["networks"])
+        ema.load(found[1]["ema"])
     learner, optimizer = accelerator.prepare(Learner(model, weight), optimizer)
     accelerator.init_trackers("diffae")
     millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in networks.items()}
@@ -244,9 +239,8 @@ def main(config: Config) -> Path:
 
     def state_now() -> dict[str, Any]:
         raw = {name: value.clone() for name, value in networks.state_dict().items()}
-        kept = {"networks": raw, "ema": [average.clone() for average in ema.weights]}
-        about = {"scaler": scaler_state(accelerator), "global_batch": global_batch, "data": pictures.contents}
-        return {**kept, "optimizer": optimizer.state_dict(), **about}
+        learnt = {"networks": raw, "ema": [average.clone() for average in ema.weights]}
+        return learnt | common_state(accelerator, optimizer, global_batch, pictures.contents)
 
     networks.eval()  # there is no dropout and no batch normalisation: it is the same in training
     if update == 0 and accelerator.is_main_process:
@@ -267,11 +261,9 @@ def main(config: Config) -> Path:
         images = sent(to_unit(pixels[rows]), device).to(memory_format=layout)
         sigma = noise_levels.sigma(sent(drawn.u, device))
         loss = learner(images, x0, sigma, noise).mean()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(networks.parameters(), config.clip)
-        refuse_bad_step(accelerator, loss, norm, update, config.output)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = follow_gradient(
+            accelerator, optimizer, loss, networks.parameters(), update, config.output, clip=config.clip
+        )
         ema.step(update)
 
         due, done = progress.advance(), progress.done

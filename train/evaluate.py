@@ -33,7 +33,7 @@ from train.metrics import diversity, frechet_distance, precision_recall, psnr
 from train.neighbours import copies, in_words, memorisation
 from train.pictograms import GROUNDS, STYLES, Pictograms, Row, captions, is_drawn, objects_of, paint
 from train.pictures import digest
-from train.recogniser import Recogniser
+from train.recogniser_model import Recogniser
 from train.reference import InMemory, Reference, open_reference, warn_of_few
 from train.results import counted, in_percent, write_result
 from train.samples import NOTES, Painting, open_painter, paint_samples

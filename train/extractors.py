@@ -204,7 +204,7 @@ def _of_folder(name: str, folder: Path) -> Extractor:
 
 
 def _recogniser(name: str, folder: Path) -> Extractor:
-    from train.recogniser import as_seen, load_recogniser
+    from train.recogniser_model import as_seen, load_recogniser
 
     network = load_recogniser(folder)
     config = network.config

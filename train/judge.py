@@ -26,7 +26,7 @@ from train.grid import grid
 from train.launch import start
 from train.pictograms import GROUNDS, STYLES, captions, things
 from train.pictures import digest
-from train.recogniser import Recogniser, RecogniserConfig, as_seen, load_recogniser
+from train.recogniser_model import Recogniser, RecogniserConfig, as_seen, load_recogniser
 from train.results import counted, in_percent, write_result
 from train.samples import NOTES, Painting, open_painter, paint_samples
 from vae.autoencoder import Identity

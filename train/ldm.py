@@ -23,6 +23,7 @@ from conditioning.labels import Labels
 from train.aside import remove_dead
 from train.batch import Batch, draw_batch
 from train.build import build, optimizer_for, share_statistics, side_for
+from train.checkpoints import resume, save_checkpoint
 from train.config import parse
 from train.data import generator
 from train.feed import CachedFeed, Feed, open_feed
@@ -35,7 +36,7 @@ from train.prior import with_prior
 from train.progress import refuse_not_finite
 from train.settings import Config, settled
 from train.sources import split_parts
-from train.state import EMA, Carried, clamp_warmup, learning_rate, resume, save_checkpoint
+from train.state import EMA, Carried, clamp_warmup, learning_rate
 from train.texts import Texts, longest
 from train.trained import (
     check_token,

@@ -26,7 +26,7 @@ from train.launch import start
 from train.metrics import clip_score, diversity, frechet_distance, kernel_distance, precision_recall
 from train.neighbours import copies, in_words, memorisation
 from train.pictures import digest
-from train.recogniser import Recogniser
+from train.recogniser_model import Recogniser
 from train.reference import Reference, open_reference, warn_of_few
 from train.results import joined, write_result
 from train.samples import (

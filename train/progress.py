@@ -6,7 +6,7 @@ A loss or gradient that is no number ends it, too, before it spoils the weights.
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -60,6 +60,29 @@ class Progress:
             self.accelerator.end_training()
             self.accelerator.print(f"told to end: update {self.done} is saved, and the same command goes on with it")
             sys.exit(self.interruption.exit_code())
+
+
+def follow_gradient(
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    weights: Iterable[Tensor],
+    update: int,
+    output: Path,
+    *,
+    clip: float = math.inf,
+    about: Callable[[], object] | None = None,
+) -> Tensor:
+    """One step of an optimizer along the gradient of a loss, cut to the norm `clip`; returns the norm it had.
+
+    Raises ValueError, before the step, as `refuse_not_finite`.
+    """
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(weights, clip)
+    refuse_bad_step(accelerator, loss, norm, update, output, about)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 def refuse_bad_step(

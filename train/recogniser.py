@@ -2,152 +2,43 @@
 
     accelerate launch train/recogniser.py --preset cifar10 --data cifar10-train.parquet --test cifar10-test.parquet
 
-The network is that of K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (arXiv:2404.00498), of any width
-and depth, with an answer for each task: a picture's class, which is its first caption, or of drawn pictograms the
-object and the style, of the pairs held out of training, too, so that it can tell whether a generator composes them.
+The network (`train.recogniser_model`) has an answer for each task: a picture's class, which is its first caption, or of
+drawn pictograms the object and the style, of the pairs held out of training, too, so that it can tell whether a
+generator composes them.
 Every random draw is a function of (seed, update, process), so the same command goes on exactly where it was stopped;
 another number of processes shifts and mirrors pictures otherwise, and normalises other batches.
 """
 
 import json
-import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 if not __package__:  # as a script, this folder is first on the path, where ldm.py would hide the package ldm
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ldm.blocks import ModelConfig, Network
-from pipelines.files import newest, open_network, read_weights, save_network
-from train.answers import Tasks, augmented, numbered, read_answers, softened
+from pipelines.files import read_weights, save_network
+from train.answers import augmented, numbered, read_answers, softened
+from train.checkpoints import common_state, resume, save_checkpoint, take_up
 from train.config import at_least_one, parse
-from train.data import batch_indices, generator, permutation, refuse_other_data, sent, to_unit
+from train.data import batch_indices, generator, permutation, sent, to_unit
 from train.extractors import ACCURACY
 from train.launch import MixedPrecision, errors_said, matrix_type, start
 from train.muon import Muon
 from train.pictograms import is_drawn
 from train.pictures import digest
-from train.progress import Progress, refuse_bad_step
-from train.state import clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
+from train.progress import Progress, follow_gradient
+from train.recogniser_model import Recogniser, RecogniserConfig, as_seen
+from train.state import clamp_warmup, learning_rate
 
-BEFORE_LOGITS = 1 / 9  # that paper's: logits of an untrained network are small
-SMOOTHING = 0.2  # of the answers, likewise
-
-
-@dataclass(frozen=True)
-class RecogniserConfig(ModelConfig):
-    """Each entry of `widths` is a block, which halves the sides."""
-
-    tasks: Tasks = ()  # name of what is asked -> names of the answers
-    in_channels: int = 3  # 1: pictures are made grey
-    sample_size: int = 32  # side to which pictures are brought, in pixels
-    widths: tuple[int, ...] = (32, 128, 128)
-
-    class_name: ClassVar[str] = "Recogniser"
-    fixed: ClassVar[Mapping[str, Any]] = {}
-
-    def __post_init__(self) -> None:
-        if self.in_channels not in (1, 3):
-            raise ValueError(f"in_channels={self.in_channels}: expected 1 (grey) or 3")
-        if not self.widths or min(self.widths) < 1 or self.sample_size < 2 ** len(self.widths) + 1:
-            raise ValueError(
-                f"widths={self.widths} at {self.sample_size} pixels: expected at least one, and sides of more than "
-                f"{2 ** len(self.widths)} pixels for so many halvings"
-            )
-
-
-class Recogniser(Network):
-    """Pictures [B, C, H, W] in [-1, 1] to logits.
-
-    The first layer is 2×2 patches along their principal axes, set by `whiten` and not trained.
-
-    Raises:
-        ValueError: a config with no task, or a task with fewer than two answers.
-    """
-
-    config_class = RecogniserConfig
-
-    def __init__(self, config: RecogniserConfig):
-        super().__init__()
-        if not config.tasks or any(len(answers) < 2 for _, answers in config.tasks):
-            raise ValueError(f"tasks={config.tasks}: expected at least one, each with the names of two answers or more")
-        self.config = config
-        patches = 2 * 4 * config.in_channels
-        self.conv_in = nn.Conv2d(config.in_channels, patches, 2)
-        self.conv_in.weight.requires_grad_(False)
-        self.blocks = nn.ModuleList(_Block(a, b) for a, b in pairwise((patches, *config.widths)))
-        self.linear_out = nn.Linear(config.widths[-1], sum(len(answers) for _, answers in config.tasks), bias=False)
-
-    @property
-    def dim(self) -> int:
-        """Number of features."""
-        return self.config.widths[-1]
-
-    @torch.no_grad()
-    def whiten(self, images: Tensor) -> None:
-        """Sets the first layer: the eigenvectors of 2×2 patches by the root of their eigenvalues, and their negatives.
-
-        images: [N, C, H, W], some thousand pictures of the kind.
-        """
-        moment, count = torch.zeros(4 * images.shape[1], 4 * images.shape[1], dtype=torch.float64), 0
-        for some in images.split(64):
-            patches = F.unfold(some.double(), 2).transpose(1, 2).flatten(0, 1)
-            moment, count = moment + patches.T @ patches, count + len(patches)
-        values, vectors = torch.linalg.eigh(moment / count)
-        filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(-1, *self.conv_in.weight.shape[1:])
-        self.conv_in.weight.copy_(torch.cat((filters, -filters)))
-        nn.init.zeros_(self.conv_in.bias)  # type: ignore[arg-type]
-
-    def features(self, images: Tensor) -> Tensor:
-        """The last layer but one, [B, dim]."""
-        h = F.gelu(self.conv_in(images.to(self.dtype)))
-        for block in self.blocks:
-            h = block(h)
-        return h.amax((2, 3))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits of each task, [B, answers] float32."""
-        return self.answer(self.features(images))
-
-    def answer(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Logits of each task from the features."""
-        logits = BEFORE_LOGITS * self.linear_out(features).float()
-        return logits.split([len(answers) for _, answers in self.config.tasks], dim=1)
-
-
-class _Block(nn.Module):
-    def __init__(self, a: int, b: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(a, b, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(b, b, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(b, momentum=0.4), nn.BatchNorm2d(b, momentum=0.4)
-        for norm in (self.norm1, self.norm2):
-            norm.weight.requires_grad_(False)
-        for conv in (self.conv1, self.conv2):
-            nn.init.dirac_(conv.weight[: conv.in_channels].detach())  # the first channels pass through
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
-        return F.gelu(self.norm2(self.conv2(x)))
-
-
-def as_seen(config: RecogniserConfig, images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [-1, 1] -> [B, C, H, W], as such a network takes them."""
-    return images if config.in_channels == 3 else images.mean(1, keepdim=True)
-
-
-def load_recogniser(where: str | Path) -> Recogniser:
-    """A recogniser's folder, frozen; a training run's folder stands for its newest checkpoint. ValueError without."""
-    return open_network(Recogniser, newest(Path(where).expanduser()))
+SMOOTHING = 0.2  # of the answers, as in the network's paper
+SMALL = RecogniserConfig()
 
 
 @dataclass(frozen=True)
@@ -157,7 +48,7 @@ class Config:
     data: str = ""  # folder of class folders, .parquet file, or "pictograms[:NAMES]" (or ":all")
     test: str = ""  # pictures to measure the accuracy on; without, some of --data are not trained on
     output: Path = Path("runs/recogniser")  # checkpoints and logs
-    model: RecogniserConfig = RecogniserConfig()  # its tasks are those of the data
+    model: RecogniserConfig = SMALL  # its tasks are those of the data
     flip: bool = True  # show pictures from the other side, too
     shift: int = 2  # and moved by up to so many pixels
     soften: float = 0.0  # share that is shown blurred and grainy, as samples may be
@@ -252,17 +143,12 @@ def main(config: Config) -> Path:
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = Muon(network, config.learning_rate, config.weight_decay, matrix_type(accelerator))
     global_batch = config.batch_size * accelerator.num_processes
-    updates, update = -(-config.epochs * len(shown) // global_batch), 0
+    updates = -(-config.epochs * len(shown) // global_batch)
     warmup = clamp_warmup(config.warmup, updates, accelerator.print)
-    free = ("epochs", "batch_size")
-    if found := resume(config.output, config, may_change=free, global_batch=global_batch):
-        folder, state = found
-        refuse_other_data(state, pictures.contents)
-        update = state["update"]
-        network.load_state_dict(read_weights(folder))
-        optimizer.load_state_dict(state["optimizer"])
-        load_scaler(accelerator, state)
-        accelerator.print(f"going on from {folder}")
+    found = resume(config.output, config, may_change=("epochs", "batch_size"), global_batch=global_batch)
+    update = take_up(accelerator, optimizer, pictures.contents, found)
+    if found:
+        network.load_state_dict(read_weights(found[0]))
     learner, optimizer = accelerator.prepare(network, optimizer)
     accelerator.init_trackers("recogniser")
     parameters = sum(p.numel() for p in network.parameters())
@@ -286,11 +172,7 @@ def main(config: Config) -> Path:
             for a, truth_ in zip(found_logits, truths, strict=True)
         ]
         loss = torch.stack(losses).sum()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(network.parameters(), math.inf)  # is only asked for
-        refuse_bad_step(accelerator, loss, norm, update, config.output)
-        optimizer.step()
-        optimizer.zero_grad()
+        follow_gradient(accelerator, optimizer, loss, network.parameters(), update, config.output)
         due, done = progress.advance(), progress.done
         if done % 25 == 0 or done == updates:
             numbers = {"loss": float(loss.detach()), "pictures_per_second": progress.rate(global_batch)}
@@ -304,9 +186,8 @@ def main(config: Config) -> Path:
                     save_network(network, folder)
                     (folder / ACCURACY).write_text(json.dumps(shares | {"pictures": len(truth)}) + "\n")
 
-                kept = {"optimizer": optimizer.state_dict(), "scaler": scaler_state(accelerator)}
-                kept |= {"global_batch": global_batch, "data": pictures.contents}
-                saved = save_checkpoint(config.output, done, write, kept, config)
+                state = common_state(accelerator, optimizer, global_batch, pictures.contents)
+                saved = save_checkpoint(config.output, done, write, state, config)
                 accelerator.log({f"accuracy/{task}": share for task, share in shares.items()}, done)
                 right = ", ".join(f"{task} {share:.2%}" for task, share in shares.items())
                 tqdm.write(f"update {done}: right of {len(truth)} unseen pictures: {right}; saved {saved}")

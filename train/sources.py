@@ -253,6 +253,19 @@ def first_captions(source: Source) -> set[str]:
     return {source[i].captions[0] for i in range(len(source))}
 
 
+def classes_of(source: Source) -> tuple[str, ...]:
+    """The distinct first captions, sorted; ValueError where they can't be classes."""
+    names = tuple(sorted(first_captions(source)))
+    if len(names) < 2 or 2 * len(names) > len(source):
+        some = names[0] if names else None
+        raise ValueError(
+            f"{len(source)} pictures of {len(names)} classes (the first captions, for instance {some!r}): "
+            "expected at least two classes, and two pictures of each: give a folder of class folders, or a parquet "
+            "file whose text names the class"
+        )
+    return names
+
+
 def parts_of(source: Source) -> list[tuple[Source, float]]:
     """The parts that "+" joins, and how often the pictures of each come in an epoch."""
     if isinstance(source, Joined):

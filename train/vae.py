@@ -5,7 +5,6 @@ function of (seed, update, position in the batch), so the same command goes on e
 """
 
 import copy
-import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -22,15 +21,16 @@ from tqdm import tqdm
 from pipelines.files import save_network
 from pipelines.picture import to_pil
 from train.build import begin_at_zero, open_autoencoder, own_size
+from train.checkpoints import common_state, resume, save_checkpoint, take_up
 from train.config import flags_in, parse
-from train.data import batch_indices, generator, permutation, read_pictures, refuse_other_data, sent, to_unit
+from train.data import batch_indices, generator, permutation, read_pictures, sent, to_unit
 from train.grid import grid
 from train.launch import errors_said, matrix_type, memory_format, start
 from train.metrics import psnr
 from train.muon import Muon
-from train.progress import Progress, refuse_bad_step
+from train.progress import Progress, follow_gradient
 from train.sources import describe, open_source
-from train.state import EMA, clamp_warmup, learning_rate, load_scaler, resume, save_checkpoint, scaler_state
+from train.state import EMA, clamp_warmup, learning_rate
 from train.vae_settings import PRESETS, Config
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 from vae.losses import (
@@ -176,7 +176,6 @@ def main(config: Config) -> Path:
     )
     perceptual = load_perceptual().to(accelerator.device) if config.loss.perceptual else None
 
-    update = 0
     global_batch = config.batch_size * accelerator.num_processes
     free = ("updates", "batch_size")
     found = resume(config.output, config, may_change=free, global_batch=global_batch)
@@ -186,17 +185,13 @@ def main(config: Config) -> Path:
         pictures = read_pictures(source, config.size, config.cache, workers=config.workers)
     pixels = pictures.pixels
     shown = pixels[torch.linspace(0, len(pixels) - 1, min(64, len(pixels))).long()]
+    update = take_up(accelerator, optimizer, pictures.contents, found)
     if found:
-        folder, state = found
-        refuse_other_data(state, pictures.contents)
-        update = state["update"]
+        state = found[1]
         vae.load_state_dict(state["model"])
         ema.load(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
         discriminator.load_state_dict(state["judge"])
         discriminator_optimizer.load_state_dict(state["judge_optimizer"])
-        load_scaler(accelerator, state)
-        accelerator.print(f"going on from {folder}")
     network, optimizer = accelerator.prepare(vae, optimizer)
     discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
     accelerator.init_trackers("vae")
@@ -224,18 +219,13 @@ def main(config: Config) -> Path:
             scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
             loss = loss + weight * adaptive_weight(loss, fooled, vae.last_layer, mean=mean, scale=scale) * fooled
             discriminator.requires_grad_(True)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
-        refuse_bad_step(accelerator, loss, norm, update, config.output, partial(means_of, terms))
-        optimizer.step()
-        optimizer.zero_grad()
+        learns, here = network.parameters(), (update, config.output)
+        about = partial(means_of, terms)
+        norm = follow_gradient(accelerator, optimizer, loss, learns, *here, clip=config.clip, about=about)
         if weight:
             judged = discriminator_loss(discriminator(images), discriminator(output.detach().float()))
-            accelerator.backward(judged)
-            judged_norm = accelerator.clip_grad_norm_(discriminator.parameters(), math.inf)  # is only asked for
-            refuse_bad_step(accelerator, judged, judged_norm, update, config.output, lambda: "of the discriminator")
-            discriminator_optimizer.step()
-            discriminator_optimizer.zero_grad()
+            learns, judge = discriminator.parameters(), "of the discriminator".format
+            follow_gradient(accelerator, discriminator_optimizer, judged, learns, *here, about=judge)
         ema.step(update)
 
         due, done = progress.advance(), progress.done
@@ -252,12 +242,9 @@ def main(config: Config) -> Path:
                 state = {
                     "model": vae.state_dict(),
                     "ema": ema.weights,
-                    "optimizer": optimizer.state_dict(),
                     "judge": accelerator.unwrap_model(discriminator).state_dict(),
                     "judge_optimizer": discriminator_optimizer.state_dict(),
-                    "scaler": scaler_state(accelerator),
-                    "global_batch": global_batch,
-                    "data": pictures.contents,
+                    **common_state(accelerator, optimizer, global_batch, pictures.contents),
                 }
                 with ema.applied():
                     finished = copy.deepcopy(vae)
