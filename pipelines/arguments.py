@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.samplers import Noise, picture_noise
+from ldm.samplers import SAMPLERS, Noise, picture_noise
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -55,6 +55,16 @@ def step_count(steps: int | None, num_inference_steps: int | None, default: int)
     if steps < 1:
         raise ValueError(f"steps={steps}: sampling takes at least one step")
     return steps
+
+
+def check_sampler(name: str, eta: float, variance: str | None) -> None:
+    """ValueError for a name that is no sampler's, or for what belongs to another."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler={name!r}: expected one of {', '.join(SAMPLERS)}")
+    if eta and name != "ddim":
+        raise ValueError(f"eta={eta} belongs to sampler='ddim', not to {name!r}")
+    if variance and (name != "ddpm" or variance not in ("small", "large")):
+        raise ValueError(f"variance={variance!r} with sampler {name}: expected small or large, with sampler='ddpm'")
 
 
 def first_step(strength: float, steps: int) -> int:

@@ -3,8 +3,9 @@
 import itertools
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -14,6 +15,13 @@ def to_pil(image: Tensor) -> Image.Image:
     """[3, H, W] in [-1, 1] -> PIL; what is beyond is cut."""
     pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def as_numbers(images: Tensor, kind: Literal["np", "pt"]) -> np.ndarray | Tensor:
+    """[N, 3, H, W] in [-1, 1] -> float32 in [0, 1] in the computer's own memory: an array [N, H, W, 3] ("np"), or a
+    tensor [N, 3, H, W] ("pt"), as diffusers has them; what is beyond is cut."""
+    pixels = (images.float().clamp(-1, 1).cpu() + 1) / 2
+    return pixels.permute(0, 2, 3, 1).numpy() if kind == "np" else pixels
 
 
 class Picture(Image.Image):

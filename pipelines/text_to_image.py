@@ -21,6 +21,7 @@ from ldm.steps import Callback
 from ldm.unet import UNet
 from pipelines.arguments import (
     Generators,
+    check_sampler,
     checked_sides,
     first_step,
     negative_list,
@@ -34,7 +35,7 @@ from pipelines.classifier import guided_to
 from pipelines.image import image_batch
 from pipelines.inpainting import begin, check_mask, mask_batch
 from pipelines.opened import OpenedModel
-from pipelines.picture import painted
+from pipelines.picture import as_numbers, painted
 from pipelines.prompts import contexts
 from pipelines.scheduler import grid_of, sampler_of, sampler_options
 
@@ -146,12 +147,7 @@ class TextToImagePipeline(OpenedModel):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         name = sampler or defaults.sampler or sampler_of(model.scheduler)
-        if name not in SAMPLERS:
-            raise ValueError(f"sampler={name!r}: expected one of {', '.join(SAMPLERS)}")
-        if eta and name != "ddim":
-            raise ValueError(f"eta={eta} belongs to sampler='ddim', not to {name!r}")
-        if variance and (name != "ddpm" or variance not in ("small", "large")):
-            raise ValueError(f"variance={variance!r} with sampler {name}: expected small or large, with sampler='ddpm'")
+        check_sampler(name, eta, variance)
         if classifier is None and classifier_scale != 1:
             raise ValueError(f"classifier_scale={classifier_scale} belongs to a classifier, and none was given")
         grid = grid_of(model.scheduler, model.schedule, name, spacing, model.steps_offset)
@@ -204,13 +200,9 @@ class TextToImagePipeline(OpenedModel):
                 options = sampler_options(model.scheduler, name, eta, learned) | fixed
                 x = chosen.function(denoise, start.x, sigmas, noise=noise, callback=stepped, **options)
         x = start.finish(x)
-        if output_type == "latent":
-            return Output(x, seeds) if return_dict else (x, None)
-        decoded = model.vae.decode(x)
         images: Any
-        if output_type in ("np", "pt"):
-            images = (decoded.float().clamp(-1, 1).cpu() + 1) / 2
-            images = images.permute(0, 2, 3, 1).numpy() if output_type == "np" else images
+        if output_type != "pil":
+            images = x if output_type == "latent" else as_numbers(model.vae.decode(x), output_type)
         else:
             settings: dict[str, Any] = {"model": self.source, "dtype": str(self.dtype).removeprefix("torch.")}
             settings |= {"steps": steps, "sampler": name, "spacing": grid.spacing, "eta": eta}
@@ -226,7 +218,7 @@ class TextToImagePipeline(OpenedModel):
             if classifier is not None:
                 named = {} if isinstance(classifier, NoisyClassifier) else {"classifier": str(classifier)}
                 settings |= named | {"classifier_scale": classifier_scale}
-            images = painted(decoded, prompts, negatives, seeds, settings)
+            images = painted(model.vae.decode(x), prompts, negatives, seeds, settings)
         return Output(images, seeds) if return_dict else (images, None)
 
     def _guidance(
