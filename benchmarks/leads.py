@@ -208,15 +208,15 @@ def trained(name: str, options: Options) -> dict[str, Any]:
         return errors
 
     with recipe_of(name, options).twist(options.clip) as goal:
-        draw = train.ldm.draw_batch
+        rate = train.ldm.learning_rate
 
-        def timed(*given: Any, **named: Any) -> Any:  # once in the rehearsal, then once an update
+        def timed(*given: Any, **named: Any) -> float:  # once an update, and never in the rehearsal
             times.append(time.perf_counter())
-            return draw(*given, **named)
+            return rate(*given, **named)
 
-        with replaced(validate=noted, draw_batch=timed):
+        with replaced(validate=noted, learning_rate=timed):
             train.ldm.main(config, goal)
-    between = np.diff(times[1:])
+    between = np.diff(times)
     ends = np.arange(1, len(between) + 1) % config.checkpoint_every == 0  # those with a checkpoint in them
     between = between[~ends] if not ends.all() else between
     seconds = float(between.mean())  # no median: a lead may do something in a part of its updates alone

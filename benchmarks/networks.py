@@ -171,8 +171,8 @@ def shortest(calls: Mapping[Any, Callable[[], Any]], options: Options) -> dict[A
         for key, call in calls.items():
             start = time.perf_counter()
             call()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
+            if torch.device(options.device).type == "cuda":
+                torch.cuda.synchronize(options.device)
             times[key].append(time.perf_counter() - start)
     return {key: min(values) for key, values in times.items()}
 

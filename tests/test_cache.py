@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+import train.aside
 import train.cache
 import train.hashes
 from tests.conftest import tiny_model
@@ -177,7 +178,7 @@ def test_a_kill_while_a_shard_is_written_leaves_none(
         raise KeyboardInterrupt
 
     source = open_source(str(picture_folder), 16)
-    monkeypatch.setattr(train.cache, "save_file", half)
+    monkeypatch.setattr(train.aside, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
         cache_latents(source, vae, 16, tmp_path / "cache", accelerator, workers=0)
     monkeypatch.undo()

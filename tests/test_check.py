@@ -20,6 +20,7 @@ from pipelines.find import BUNDLED
 from tests.sets import fill, metadata, png, truncate, write_parquet, write_tar
 from train.cache import cache_latents
 from train.check import check
+from train.data import read_pictures
 from train.shards import open_shards
 from train.sources import open_source
 from train.streamed import StreamFeed
@@ -149,6 +150,16 @@ def test_each_part_is_judged_as_training_judges_it(tmp_path: Path, capsys: pytes
         assert (said in capsys.readouterr().out) is not start
         with nullcontext() if start else pytest.raises(ValueError, match=f"{i + 1} of 20 pictures cannot be used"):
             cache_latents(open_source(data, 8), Identity(), 8, tmp_path / "c", Accelerator(cpu=True), 0)
+        with nullcontext() if start else pytest.raises(ValueError, match=f"{i + 1} of 20 pictures cannot be used"):
+            read_pictures(open_source(data, 8), 8, tmp_path / "pixels", workers=0, progress=False)
+
+
+def test_copies_of_one_number_in_two_tables_are_found(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    one, other = (tmp_path / f"{name}.parquet" for name in ("one", "other"))
+    for file in (one, other):
+        write_parquet(file, image=[png(colour) for colour in ("red", "green", "blue")], text=["a", "b", "c"])
+    check(f"{one}+{other}", size=8, workers=0)
+    assert f"row 2 = row 2 of {one}" in capsys.readouterr().out
 
 
 def test_a_stream_is_refused_as_training_refuses_it(

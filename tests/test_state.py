@@ -1,5 +1,6 @@
 """EMA, learning rate and checkpoints: closed forms, and what a kill at the worst moment leaves behind."""
 
+import copy
 import errno
 import itertools
 import pickle
@@ -14,7 +15,7 @@ from torch import nn
 
 from pipelines.files import checkpoints, newest
 from train.checkpoints import resume, save_checkpoint
-from train.state import EMA, Carried, clamp_warmup, learning_rate
+from train.state import EMA, Carried, clamp_warmup, learning_rate, load_optimizer
 
 
 def test_ema_is_its_recursion() -> None:
@@ -214,6 +215,52 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_a_whole_one(
     assert found[1]["x"] == 2
     save_checkpoint(tmp_path, 3, write, {"x": 3}, settings)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-0000002", "checkpoint-0000003"]
+
+
+def test_a_kill_between_the_two_names_of_a_checkpoint_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former one has another name already, the new one is not in its place yet."""
+    settings = Settings(tmp_path)
+    save_checkpoint(tmp_path, 2, write, {"x": 1}, settings)
+    rename = Path.rename
+
+    def killed(path: Path, to: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, write, {"x": 2}, settings)
+    monkeypatch.undo()
+    assert not checkpoints(tmp_path)
+    found = resume(tmp_path, settings)
+    assert found is not None
+    assert found[1]["x"] == 1
+    save_checkpoint(tmp_path, 3, write, {"x": 3}, settings)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-0000002", "checkpoint-0000003"]
+
+
+def test_a_run_goes_on_in_another_layout_of_its_weights() -> None:
+    """bf16 on a CPU lays weights out otherwise than float32 does: fused AdamW goes through moments as they lie."""
+
+    def trained(layout: torch.memory_format, state: dict | None, weight: torch.Tensor, grad: torch.Tensor) -> tuple:
+        learns = nn.Parameter(weight.clone(memory_format=layout))
+        optimizer = torch.optim.AdamW([learns], lr=0.1, fused=True)
+        if state is not None:
+            load_optimizer(optimizer, state)
+        learns.grad = grad.clone(memory_format=layout)
+        optimizer.step()
+        return learns.detach(), optimizer.state_dict()
+
+    weight, *grads = torch.randn(3, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    before, state = trained(torch.contiguous_format, None, weight, grads[0])
+    same, other = (
+        trained(layout, copy.deepcopy(state), before, grads[1])[0]
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
+    torch.testing.assert_close(same, other)
 
 
 @pytest.mark.parametrize(

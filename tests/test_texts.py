@@ -73,7 +73,7 @@ def test_states_that_do_not_fit_are_mapped_from_files(files: Path, capsys: pytes
 
 def test_a_killed_encoding_goes_on_and_stale_files_are_not_used(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = tiny_text_encoder()
-    save, calls = train.texts.save_file, []
+    save, calls = train.texts.save_whole, []
 
     def killed(tensors: dict, file: Path) -> None:
         calls.append(file)
@@ -81,7 +81,7 @@ def test_a_killed_encoding_goes_on_and_stale_files_are_not_used(files: Path, mon
             raise KeyboardInterrupt
         save(tensors, file)
 
-    monkeypatch.setattr(train.texts, "save_file", killed)
+    monkeypatch.setattr(train.texts, "save_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         Texts(encoder, CAPTIONS, CPU, cache=files)
     Texts(encoder, CAPTIONS, CPU, cache=files)
@@ -96,6 +96,15 @@ def test_a_killed_encoding_goes_on_and_stale_files_are_not_used(files: Path, mon
     torch.testing.assert_close(texts(["fox 1"])["encoder_hidden_states"], wanted, atol=2e-3, rtol=2e-3)
     Texts(encoder, CAPTIONS[:-1], CPU, cache=files)  # other captions
     assert len(calls) == 12
+
+
+def test_a_broken_file_is_named(files: Path) -> None:
+    encoder = tiny_text_encoder()
+    Texts(encoder, CAPTIONS, CPU, cache=files)
+    broken = next(files.glob("texts-*/*.safetensors"))
+    broken.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=rf"{broken} is broken .*: delete it and start again"):
+        Texts(encoder, CAPTIONS, CPU, cache=files)
 
 
 def test_without_room_captions_are_encoded_as_they_come(

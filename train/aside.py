@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
 from train.pictures import digest
 
 
@@ -23,6 +27,25 @@ def written_aside(file: Path) -> Iterator[Path]:
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def opened_whole(file: Path) -> Iterator[safe_open]:
+    """A file of a cache; ValueError for one that is broken."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is broken ({error}): delete it and start again, which computes it anew") from None
+
+
+def save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a file of a cache aside; ValueError where there is no room for it."""
+    try:
+        with written_aside(file) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be written ({error}): make room; what is cached already is kept") from None
 
 
 ASIDE = re.compile(r".+\.(?:safetensors|json|npy|png)\.(?P<host>.+)\.(?P<process>\d+)\.\d+\.partial")

@@ -62,18 +62,22 @@ def measure_bits(
         source: the pictures, where they are open already.
 
     Raises:
-        ValueError: a bound for a path that has no table, or counts that measure nothing.
+        ValueError: a bound for a path that has no table, a model that inpaints, or counts that measure nothing.
     """
     if count < 2 or rows < 1 or batch < 1:
         raise ValueError(f"--count {count}, --rows {rows}, --batch {batch}: expected at least 2, 1 and 1")
     pipe = TextToImagePipeline.from_pretrained(model, dtype=torch.float32)
     opened, device = pipe.model, pipe.device
     schedule, size = opened.schedule, opened.size
+    if opened.inpaints:
+        raise ValueError(f"bits are of models of whole pictures, and {model} paints what is missing in one")
     last = len(schedule.table) - 1 if isinstance(schedule, VariancePreserving) else 0
     if method in FORMS and not last:
         raise ValueError(f"the path of {model} has no table of rows to sum over: take --method flow")
     told = opened.is_told
     pictures = _read(source or open_source(data, size, split="held_out", captions=told), size, count, seed, workers)
+    if len(pictures) < 2:
+        raise ValueError(f"{data} has {len(pictures)} pictures to measure: expected two or more")
     images = to_unit(torch.from_numpy(np.stack([np.asarray(picture.pixels) for picture in pictures])))
     captions = [picture.captions[0] if told else "" for picture in pictures]
 

@@ -16,11 +16,9 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from train.aside import written_aside
+from train.aside import opened_whole, save_whole
 from train.data import Side, read, refuse_unusable, sent, to_unit
 from train.hashes import FileHashes
 from train.pictures import Source, digest, refuse_numbers
@@ -61,15 +59,12 @@ class Cached:
 
     def add(self, file: Path, part: int, begin: int) -> list[tuple[str, str]]:
         """Maps a shard of the part that begins at `begin`; (key, error) of the pictures that it lacks."""
-        try:
-            with safe_open(file, framework="pt") as opened:
-                said = json.loads(opened.metadata()["pictures"])
-                place = {}
-                for shape in said["shapes"]:
-                    place[shape] = len(self.moments)
-                    self.moments.append((opened.get_tensor(f"mean {shape}"), opened.get_tensor(f"logvar {shape}")))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is broken ({error}): delete it and start again, which computes it anew") from None
+        with opened_whole(file) as opened:
+            said = json.loads(opened.metadata()["pictures"])
+            place = {}
+            for shape in said["shapes"]:
+                place[shape] = len(self.moments)
+                self.moments.append((opened.get_tensor(f"mean {shape}"), opened.get_tensor(f"logvar {shape}")))
         rows = dict.fromkeys(place, 0)
         for captions, framing, index, shape in said["pictures"]:
             self.captions.append(tuple(captions))
@@ -229,11 +224,7 @@ def _encode_shard(
     tensors: dict[str, Tensor] = {}
     for shape, (means, logvars) in moments.items():
         tensors |= {f"mean {shape}": torch.cat(means).cpu(), f"logvar {shape}": torch.cat(logvars).cpu()}
-    try:
-        with written_aside(file) as partial:
-            save_file({name: m.contiguous() for name, m in tensors.items()}, partial, metadata={"pictures": said})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be written ({error}): make room; what is cached already is kept") from None
+    save_whole(tensors, file, {"pictures": said})
 
 
 def shape_name(pixels: tuple[int, ...], downscale: int) -> str:

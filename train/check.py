@@ -16,7 +16,7 @@ from pipelines.image import UNREADABLE
 from train.buckets import assign
 from train.build import text_folder
 from train.data import failures_named, refuse_unusable
-from train.pictures import Example, Row, Source
+from train.pictures import Example, Row, Source, refuse_failing_disk
 from train.shards import Shards, open_shards
 from train.sources import describe, describe_row, is_remote, open_source, parts_of, split_parts
 from train.streams import held_out
@@ -63,7 +63,7 @@ class Found:
     sizes: list[tuple[int, int] | None] = field(default_factory=list)
     unusable: list[tuple[str, str]] = field(default_factory=list)
     parts: dict[str, "Part"] = field(default_factory=dict)  # of --data
-    contents: dict[bytes, str] = field(default_factory=dict)  # hash of pixels -> the first picture's key
+    contents: dict[bytes, tuple[str, str]] = field(default_factory=dict)  # hash of pixels -> the first one's part, key
     copies: list[tuple[str, str]] = field(default_factory=list)  # (key, the key of what it is a copy of)
     captions: Counter[str] = field(default_factory=Counter)
     several: int = 0  # pictures with more than one caption
@@ -76,9 +76,9 @@ class Found:
             self.unusable.append((one.key, one.error))
             self.parts[part].unusable.append(self.unusable[-1])
         if one.size:
-            first = self.contents.setdefault(one.content, one.key)
-            if first != one.key:
-                self.copies.append((one.key, first))
+            of, first = self.contents.setdefault(one.content, (part, one.key))
+            if (of, first) != (part, one.key):
+                self.copies.append((one.key, first if of == part else f"{first} of {of}"))
         self.captions.update(one.captions)
         self.several += len(one.captions) > 1
 
@@ -175,6 +175,7 @@ class _Checked(Dataset):
         try:
             return seen(self.source[index])
         except UNREADABLE as error:
+            refuse_failing_disk(error, f"picture {index}")
             return broken(f"picture {index}", error)
 
 

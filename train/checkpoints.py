@@ -1,5 +1,6 @@
 """Checkpoints of a training run: written so that one is whole or not there, and taken up by the same command."""
 
+import contextlib
 import errno
 import json
 import os
@@ -13,9 +14,11 @@ import torch
 from accelerate import Accelerator
 
 from pipelines.files import checkpoints
+from train.state import load_optimizer
 
 # Settings with which every run may go on otherwise: of the machine, and what a loss that was no number asks for.
 ANY_RUN_MAY_CHANGE = ("output", "workers", "cache", "font", "checkpoint_every", "mixed_precision")
+REPLACED = ".replaced"  # ends the name of a checkpoint while another takes its place
 
 
 def save_checkpoint(
@@ -49,22 +52,31 @@ def save_checkpoint(
             + (f"{kept[-1].name} is whole. " if kept else "and there is none before it. ")
             + "Make room and type the same command again"
         ) from error
-    before = _taken_away(final) if final.exists() else None  # a moment without: it may be large, and slow to delete
+    if final.exists():  # a moment without: it may be large, and slow to delete
+        _renamed(final, REPLACED)
     partial.rename(final)
     _sync(output)
     for old in checkpoints(output)[:-keep]:
-        shutil.rmtree(_taken_away(old), ignore_errors=True)  # what others hold open the next save removes
-    if before:
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(_renamed(old, ".old.partial"), ignore_errors=True)  # what others hold open the next save removes
+    for left in output.glob(f".checkpoint-*{REPLACED}"):
+        shutil.rmtree(left, ignore_errors=True)
     return final
 
 
-def _taken_away(checkpoint: Path) -> Path:
-    """Under a name that is no checkpoint's any more, in case that the run is killed while it is deleted."""
-    gone = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+def _renamed(checkpoint: Path, ending: str) -> Path:
+    """A checkpoint under a name that is none's any more, in case that the run is killed while it is deleted."""
+    gone = checkpoint.with_name(f".{checkpoint.name}{ending}")
     shutil.rmtree(gone, ignore_errors=True)
-    checkpoint.rename(gone)
-    return gone
+    return checkpoint.rename(gone)
+
+
+def _restore(output: Path) -> None:
+    """Puts back a checkpoint that another was to take the place of when the run was killed."""
+    for left in output.glob(f".checkpoint-*{REPLACED}"):
+        whole = left.with_name(left.name[1 : -len(REPLACED)])
+        if not whole.exists():
+            with contextlib.suppress(OSError):  # another process has put it back
+                left.rename(whole)
 
 
 def _sync(path: Path) -> None:
@@ -92,6 +104,7 @@ def resume(
     ANY_RUN_MAY_CHANGE. Raises it as well when the state names another "global_batch" than this one, the pictures in an
     update of all processes.
     """
+    _restore(output)
     found = checkpoints(output)
     if not found:
         return None
@@ -157,7 +170,7 @@ def take_up(
         return 0
     folder, state = found
     refuse_other_data(state, contents)
-    optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(optimizer, state["optimizer"])
     if accelerator.scaler and state.get("scaler"):  # a run in another precision has none
         accelerator.scaler.load_state_dict(state["scaler"])
     accelerator.print(f"going on from {folder}")

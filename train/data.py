@@ -1,5 +1,6 @@
 """Pictures on their way into training: read by several processes, decoded once, in an order that is a pure function."""
 
+import bisect
 import contextlib
 import hashlib
 import json
@@ -7,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,7 +159,8 @@ def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, p
         cache.mkdir(parents=True, exist_ok=True)
         captions: list[tuple[str, ...]] = []
         keys: list[str] = []
-        unusable: list[tuple[str, str]] = []
+        ends = getattr(source, "ends", [len(source)])  # of the parts that "+" joins
+        unusable: list[list[tuple[str, str]]] = [[] for _ in ends]
         name = "reading pictures" if progress else None
         shape = (len(source), size, size, 3)
         needed, free = math.prod(shape) / 1e6, shutil.disk_usage(cache).free / 1e6
@@ -173,12 +176,13 @@ def read_pictures(source: Source, size: int, cache: Path, *, workers: int = 2, p
             for batch in read(source, size, range(len(source)), batch=64, workers=workers, progress=name):
                 for loaded in batch:
                     if loaded.pixels is None or loaded.error:
-                        unusable.append((loaded.key, loaded.error))
+                        unusable[bisect.bisect_right(ends, loaded.number)].append((loaded.key, loaded.error))
                         continue
                     file.write(loaded.pixels.tobytes())
                     captions.append(loaded.captions)
                     keys.append(loaded.key)
-            refuse_unusable(unusable, len(source))
+            for some, (begins, end) in zip(unusable, pairwise([0, *ends]), strict=True):
+                refuse_unusable(some, end - begins)
             file.truncate(begin + math.prod(shape))  # as the header says: those left out are zeros, at the end
         with written_aside(caption_file) as partial:
             partial.write_text(json.dumps({"captions": captions, "keys": keys}))

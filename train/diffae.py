@@ -189,8 +189,9 @@ def finish(model: Model, config: Config, update: int, state: dict[str, Any], pix
         model.codes = train_codes(
             semantic, width=config.code_width, depth=config.code_depth, updates=config.code_updates, seed=config.seed
         )
-    grid(pipe.sample(32, seed=0), columns=8).save(config.output / "samples" / f"{update:07d}-new.png")
     save_checkpoint(config.output, update, lambda folder: save_model(model, folder), state, config)
+    (config.output / "samples").mkdir(parents=True, exist_ok=True)
+    grid(pipe.sample(32, seed=0), columns=8).save(config.output / "samples" / f"{update:07d}-new.png")
 
 
 def main(config: Config) -> Path:

@@ -75,32 +75,18 @@ def follow_gradient(
 ) -> Tensor:
     """One step of an optimizer along the gradient of a loss, cut to the norm `clip`; returns the norm it had.
 
-    Raises ValueError, before the step, as `refuse_not_finite`.
+    Raises ValueError, before the step, as `refuse_not_finite` for loss and norm. Under fp16 a gradient may well be
+    infinite: its scaler leaves such a step out.
     """
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(weights, clip)
-    refuse_bad_step(accelerator, loss, norm, update, output, about)
+    numbers = {"loss": loss} if accelerator.scaler else {"loss": loss, "gradient": norm}
+    values = torch.stack([number.detach().float() for number in numbers.values()]).tolist()  # a device is waited for
+    for what, value in zip(numbers, values, strict=True):
+        refuse_not_finite(what, value, update, output, about)
     optimizer.step()
     optimizer.zero_grad()
     return norm
-
-
-def refuse_bad_step(
-    accelerator: Accelerator,
-    loss: Tensor,
-    norm: Tensor,
-    update: int,
-    output: Path,
-    about: Callable[[], object] | None = None,
-) -> None:
-    """`refuse_not_finite` for both numbers of an update, before the optimizer's step; a device is waited for once.
-
-    Under fp16 a gradient may well be infinite: its scaler leaves such a step out.
-    """
-    numbers = {"loss": loss} if accelerator.scaler else {"loss": loss, "gradient": norm}
-    values = torch.stack([number.detach().float() for number in numbers.values()]).tolist()
-    for what, value in zip(numbers, values, strict=True):
-        refuse_not_finite(what, value, update, output, about)
 
 
 def refuse_not_finite(

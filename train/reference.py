@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.aside import written_aside
+from train.aside import opened_whole, save_whole, written_aside
 from train.data import fit, permutation, read, refuse_unusable
 from train.extractors import Extractor
 from train.hashes import FileHashes
@@ -36,7 +35,7 @@ class Reference:
         self.captions: list[str] = []  # the first of each picture, "" where there is none
         self.rows: list[int] = []  # of each feature: the place of its picture in the source
         for file in shards:
-            with _opened(file) as opened:
+            with opened_whole(file) as opened:
                 said = json.loads(opened.metadata()["pictures"])
             self.captions += said["captions"]
             self.rows += said["rows"]
@@ -48,7 +47,7 @@ class Reference:
     def parts(self) -> Iterator[Tensor]:
         """The features of a shard after the other, [n, d] float32."""
         for file in self.shards:
-            with _opened(file) as opened:
+            with opened_whole(file) as opened:
                 part = opened.get_tensor("features")
             if len(part):
                 yield part
@@ -64,7 +63,7 @@ class Reference:
         """Mean and covariance of all; kept beside the features."""
         file = self.folder / MOMENTS
         if file.is_file():
-            with _opened(file) as opened:
+            with opened_whole(file) as opened:
                 return Moments(len(self), opened.get_tensor("mean"), opened.get_tensor("scatter"))
         found = Moments.of(self.parts())
         with written_aside(file) as partial:
@@ -150,12 +149,4 @@ def _write_shard(
     if not torch.isfinite(every).all():
         raise ValueError(f"the extractor {extractor.name} gives numbers that are not finite: are its weights whole?")
     said = json.dumps({"captions": captions, "rows": rows, "broken": broken})
-    with written_aside(file) as partial:
-        save_file({"features": every.contiguous()}, partial, metadata={"pictures": said})
-
-
-def _opened(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is broken ({error}): delete it and start again, which computes it anew") from None
+    save_whole({"features": every}, file, {"pictures": said})

@@ -73,26 +73,28 @@ class Carried:
         """Takes a state up, whatever the weights are sharded over now."""
         for name, weight in self.weights.items():
             weight.copy_(sharded_like(state["weights"][name], weight))
-        self._load_optimizer(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name, other in self.others.items():
             other.load(state[name])
 
-    def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        if isinstance(self.optimizer, Zero):
-            self.optimizer.load_state_dict(saved)
-            return
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        self.optimizer.state.clear()  # a device may not have room for two
-        kept = {
-            i: {
-                name: sharded_like(value, weights[i]) if _is_like(value, weights[i]) else value
-                for name, value in of_weight.items()
-            }
-            for i, of_weight in saved["state"].items()
+
+def load_optimizer(optimizer: torch.optim.Optimizer | Zero, saved: dict[str, Any]) -> None:
+    """Takes the state of an optimizer up, whatever its weights are sharded over, and however they are laid out, now."""
+    if isinstance(optimizer, Zero):
+        optimizer.load_state_dict(saved)
+        return
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.state.clear()  # a device may not have room for two
+    kept = {
+        i: {
+            name: sharded_like(value, weights[i]) if _is_like(value, weights[i]) else value
+            for name, value in of_weight.items()
         }
-        self.optimizer.load_state_dict({"state": kept, "param_groups": saved["param_groups"]})
+        for i, of_weight in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": kept, "param_groups": saved["param_groups"]})
 
 
 def _is_like(value: Any, weight: Tensor) -> bool:

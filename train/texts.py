@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conditioning.context import Conditioner, Context
-from train.aside import written_aside
+from train.aside import opened_whole, save_whole
 from train.cache import FORMAT, SHARD, weights_digest
 from train.data import sent
 from train.pictures import digest
@@ -90,17 +88,14 @@ class Texts:
         for i in range(share.rank, len(files), share.processes):
             if not files[i].is_file():
                 states = self._encode(distinct[i * SHARD : (i + 1) * SHARD])
-                halves = {n: (v.half() if v.is_floating_point() else v).cpu().contiguous() for n, v in states.items()}
-                with written_aside(files[i]) as partial:
-                    save_file(halves, partial)
+                save_whole({n: (v.half() if v.is_floating_point() else v).cpu() for n, v in states.items()}, files[i])
         share.wait()
         mapped = []
         for file in files:
-            with safe_open(file, framework="pt") as opened:
+            with opened_whole(file) as opened:
                 mapped.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
         return mapped
 
-    @torch.no_grad()
     def _windows(self, captions: Sequence[str]) -> dict[str, int]:
         """As many windows for every batch, because the empty ones count: no batch may show how it was divided."""
         chunks = getattr(self.conditioner, "chunks", None)

@@ -16,12 +16,14 @@ from ldm.loss import denoising_loss
 from pipelines.files import checkpoints
 from pipelines.folder import Model
 from pipelines.text_to_image import TextToImagePipeline
+from train import pictograms, shapes
 from train.aside import written_aside
 from train.cache import Latents
 from train.data import generator, permutation
 from train.grid import grid
 from train.inpainting import nothing_known
 from train.settings import Config
+from train.sources import split_parts
 
 
 @torch.no_grad()
@@ -116,13 +118,10 @@ def sample_prompts(config: Config, model: Model, latents: Latents) -> list[str]:
         return [""] * 8
     if isinstance(model.conditioner, Labels):
         return list(model.conditioner.names[:8])
-    if config.data == "shapes":
-        from train.shapes import CANONICAL_PROMPTS
-
-        return list(CANONICAL_PROMPTS)
-    if config.data.split("+")[0].partition(":")[0] == "pictograms":
-        from train.pictograms import CANONICAL_PROMPTS
-
-        return list(CANONICAL_PROMPTS)
+    first = split_parts(config.data)[0][1]
+    if first == "shapes":
+        return list(shapes.CANONICAL_PROMPTS)
+    if first in ("pictograms", "pictograms:all"):
+        return list(pictograms.CANONICAL_PROMPTS)
     order = permutation(len(latents.captions), config.seed, -2).tolist()
     return list(dict.fromkeys(latents.captions[i][0] for i in order))[:8]
