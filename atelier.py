@@ -228,7 +228,9 @@ class Check:
 
     def run(self) -> None:
         from train.check import check
+        from train.config import at_least_one
 
+        at_least_one(self, "size", "multiple", "batch")
         if not check(**vars(self)):
             sys.exit(1)
 
@@ -264,8 +266,10 @@ class Cache:
     """How often each drawn pictogram is drawn."""
 
     def run(self) -> None:
+        from train.config import at_least_one
         from train.fill import fill
 
+        at_least_one(self, "size", "batch", "views")
         fill(**vars(self))
 
 
@@ -369,8 +373,8 @@ class Evaluate:
             classes = "object" not in answers_of(open_judge(self.judge))
         used |= {"template"} if classes else {"cache", "font"}
         if stray := given - used:
-            why = "a comparison with a reference: give --reference, too"
-            why = "models of pictograms: leave it out" if stray <= {"cache", "font"} else why
+            compared = "a comparison with a reference: give --reference, too"
+            why = "models of pictograms: leave it out" if stray <= {"cache", "font"} else compared
             raise ValueError(f"--{min(stray).replace('_', '-')} is for {why}")
         asked: dict[str, Any] = {"painting": painting, "lora": self.lora, "lora_weight": self.lora_weight}
         asked["prompts"] = 100 if self.prompts is None else self.prompts

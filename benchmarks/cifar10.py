@@ -41,15 +41,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from benchmarks.curves import DISTANCES, plot, said, sheet, verdicts
+from benchmarks.files import RESULTS
 from benchmarks.packages import needs
 from benchmarks.timed import calibrate, learn, places, together
-from train.launch import MixedPrecision
+from train.launch import MixedPrecision, errors_said
 from train.machine import described
 
 EIGHTHS = (1, 2, 4, 8)  # of the training, after which samples are measured
 CALIBRATION = 90.0  # seconds of training from which a rate is taken
 SEED = 0  # of what is held out
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -356,7 +356,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(tyro.cli(Options))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -21,7 +21,8 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.leads import PAINTED, RESULTS, asked_rows, drawn, write_aside
+from benchmarks.files import RESULTS, write_aside
+from benchmarks.leads import PAINTED, asked_rows, drawn
 from pipelines import TextToImagePipeline
 from pipelines.picture import to_pil
 from train.build import open_autoencoder
@@ -30,6 +31,7 @@ from train.data import generator, to_unit
 from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge
 from train.extractors import open_extractor
 from train.grid import grid
+from train.launch import errors_said
 from train.machine import described
 from train.metrics import Moments, frechet_distance, psnr
 from train.pictograms import Row, captions, objects_of
@@ -153,7 +155,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(tyro.cli(Options))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -19,9 +19,10 @@ import numpy as np
 import tyro
 from accelerate import Accelerator
 
-from benchmarks.leads import RESULTS, write_aside
+from benchmarks.files import RESULTS, write_aside
 from train.data import permutation
 from train.extractors import open_extractor
+from train.launch import errors_said
 from train.machine import described
 from train.metrics import Moments, frechet_distance
 from train.reference import open_reference
@@ -84,7 +85,5 @@ def main(options: Options) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(tyro.cli(Options, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 import pipelines.text_to_image
-from benchmarks.leads import RESULTS, painted, results_before, write_aside
+from benchmarks.files import RESULTS, results_before, write_aside
+from benchmarks.leads import painted
 from benchmarks.packages import needs
 from ldm.denoiser import Context, Denoise, Denoiser
 from ldm.guidance import autoguided, classifier_free
@@ -30,6 +31,7 @@ from pipelines import TextToImagePipeline
 from pipelines.folder import Model, load_model
 from train.cache import weights_digest
 from train.extractors import open_extractor
+from train.launch import errors_said
 from train.machine import described
 from train.samples import model_digest
 
@@ -118,7 +120,5 @@ def main(options: Options) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(tyro.cli(Options))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -35,15 +35,16 @@ import tyro
 from PIL import Image
 
 import train.ldm
+from benchmarks.files import RESULTS, results_before, write_aside
 from benchmarks.packages import needs
 from benchmarks.twists import aligned, as_it_is, immiscible, power_ema, replaced
 from pipelines import TextToImagePipeline
 from pipelines.files import newest
 from pipelines.find import find_model
-from train.aside import written_aside
 from train.evaluate import draw_rows, drawn_afresh, judged, open_pictogram_judge, reconstruction_psnr
 from train.extractors import open_extractor
 from train.judge import logits_of
+from train.launch import errors_said
 from train.machine import described
 from train.metrics import Moments, frechet_distance
 from train.pictograms import Row, captions, chosen, objects_of
@@ -56,7 +57,6 @@ from train.sources import open_source
 
 CLIP = ("text_encoder", "clip")
 PAINTED = 1  # seed of the pairs and noises; those of `atelier evaluate` are 0
-RESULTS = Path(__file__).parent / "results"
 EVERYWHERE = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
 UNET = replace(THREE_LEVELS, block_out_channels=(48, 96, 160), norm_num_groups=8)
 
@@ -225,22 +225,6 @@ def trained(name: str, options: Options) -> dict[str, Any]:
     return found
 
 
-def write_aside(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(file) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def results_before(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that `out` holds; ValueError where they were measured under other settings."""
-    if not out.is_file():
-        return []
-    before = json.loads(out.read_text())
-    if changed := [name for name, value in settings.items() if before["settings"].get(name) != value]:
-        raise ValueError(f"{out} holds results of another {', '.join(changed)}: give another --out, or remove it")
-    return before["rows"]
-
-
 def asked_rows(prompts: int, objects: tuple[str, ...]) -> dict[str, list[Row]]:
     """What is asked for, by split; ValueError where one has no pairs."""
     splits = ("train", "held_out")
@@ -372,7 +356,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(tyro.cli(Options))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 from PIL import Image
 
-from benchmarks.leads import write_aside
+from benchmarks.files import write_aside
 from pipelines import TextToImagePipeline
-from train.evaluate import draw_rows, judged, nearest, open_pictogram_judge
+from train.evaluate import closest_object, draw_rows, judged, open_pictogram_judge
 from train.extractors import open_extractor
 from train.grid import grid
+from train.launch import errors_said
 from train.machine import described
 from train.pictograms import GROUNDS, STYLES, Row, captions, chosen, paint
 from train.samples import model_digest
@@ -100,7 +101,7 @@ def asked(pipe: TextToImagePipeline, prompts: list[str]) -> list[Image.Image]:
 
 
 def share(images: list[Image.Image], rows: list[Row], objects: tuple[str, ...]) -> float:
-    found = [nearest(image, row, objects) == row.object for image, row in zip(images, rows, strict=True)]
+    found = [closest_object(image, row, objects) == row.object for image, row in zip(images, rows, strict=True)]
     return sum(found) / len(found)
 
 
@@ -163,7 +164,5 @@ def main(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(tyro.cli(Options))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

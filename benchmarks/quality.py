@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from benchmarks.curves import DISTANCES
+from benchmarks.files import RESULTS
 from benchmarks.packages import needs
+from train.launch import errors_said
 from train.machine import described
 
-RESULTS = Path(__file__).parent / "results"
 LABELS = {
     "evaluations": "evaluations of the network for a picture",
     "guidance": "guidance scale",
@@ -267,7 +268,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(tyro.cli(Options))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train.buckets import assign, bucket_sides, measure, picture_sizes
+from train.buckets import assign, bucket_sides, picture_sizes, read_sizes
 from train.data import fit, framing
 from train.hashes import FileHashes
 from train.sources import open_source
@@ -78,10 +78,10 @@ def test_sizes_are_read_from_headers_and_remembered(tmp_path: Path, monkeypatch:
     (folder / "2.png").write_bytes(b"broken")
     source = open_source(str(tmp_path / "p"), 8)
     wanted = [(10, 20), (30, 10), None]
-    assert measure(source, progress=False) == wanted
+    assert read_sizes(source, progress=False) == wanted
     assert picture_sizes(source, tmp_path / "c", FileHashes(), progress=False) == wanted
     assert source[0].image.size == wanted[0]
-    monkeypatch.setattr("train.buckets.measure", lambda *a, **k: pytest.fail("read again"))
+    monkeypatch.setattr("train.buckets.read_sizes", lambda *a, **k: pytest.fail("read again"))
     assert picture_sizes(source, tmp_path / "c", FileHashes(), progress=False) == wanted
 
 

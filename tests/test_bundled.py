@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines import TextToImagePipeline
 from tests.test_drawn import needs_font
 from train.data import to_unit
-from train.evaluate import PLACEMENTS, draw_rows, nearest, small
+from train.evaluate import PLACEMENTS, closest_object, draw_rows, small
 from train.pictograms import GROUNDS, STYLES, captions, chosen, paint
 from vae.losses import local_detail
 
@@ -55,7 +55,7 @@ def right(pipe: TextToImagePipeline, split: str) -> int:
     rows = draw_rows(split, 8, OBJECTS if split == "train" else chosen(), seed=0, font=None)
     images = pipe([captions(*row[:3])[0] for row in rows], seed=1).images
     every = zip(images, rows, strict=True)
-    return sum(nearest(image, row, tuple({*OBJECTS, row.object})) == row.object for image, row in every)
+    return sum(closest_object(image, row, tuple({*OBJECTS, row.object})) == row.object for image, row in every)
 
 
 def is_right(pipe: TextToImagePipeline) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.image import rgb
 from tests.sets import fill, metadata, truncate
 from train.aside import written_aside
-from train.buckets import measure
+from train.buckets import read_sizes
 from train.data import batch_indices, fit, generator, permutation, read, read_pictures, to_unit
 from train.sources import describe, open_source
 
@@ -212,4 +212,4 @@ def test_a_failing_disk_makes_no_broken_picture(
         with pytest.raises(ValueError, match=r"^\S+3\.png could not be read .* type the same command again$"):
             list(read(source, 16, range(len(source)), batch=8, workers=workers, progress=None))
     with pytest.raises(ValueError, match=r"type the same command again$"):
-        measure(source, progress=False)
+        read_sizes(source, progress=False)

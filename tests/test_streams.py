@@ -15,7 +15,7 @@ from tests.sets import numbered, parquet, png, tars, write_parquet, write_tar
 from train.feed import open_feed
 from train.shards import open_shards
 from train.streamed import StreamFeed
-from train.streams import Cursor, Stream, Unusable, held_out
+from train.streams import Cursor, Stream, Unusable, first_held_out
 from vae.autoencoder import Identity
 
 pytestmark = pytest.mark.usefixtures("in_process", "own_datasets_cache")
@@ -135,10 +135,10 @@ def test_an_epoch_of_a_feed_is_the_set_without_what_is_held_out(tmp_path: Path, 
 
 
 def test_held_out_rows_leave_something_in_every_file(tmp_path: Path) -> None:
-    rows, places = held_out(open_shards(str(tars(tmp_path, 300, 3))), 256)
+    rows, places = first_held_out(open_shards(str(tars(tmp_path, 300, 3))), 256)
     assert len(rows) == len(places) == 256
     assert Counter(file for file, _ in places) == dict.fromkeys(range(256), 1)
-    few, none = held_out(open_shards(str(tmp_path / "000.tar")), 256)
+    few, none = first_held_out(open_shards(str(tmp_path / "000.tar")), 256)
     assert (len(few), none) == (3, set())
 
 

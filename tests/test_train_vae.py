@@ -18,7 +18,7 @@ from pipelines.files import checkpoints, load_autoencoder
 from tests.training import poison
 from train.data import read_pictures, to_unit
 from train.sources import open_source
-from train.vae import crops, main, new_autoencoder, normalise_latents, paint_samples, reconstruct
+from train.vae import crops, main, new_autoencoder, normalise_latents, paint_prior, reconstruct
 from train.vae_settings import PRESETS, TINY, Config
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 from vae.losses import LossWeights
@@ -244,7 +244,7 @@ def test_a_plain_vae_learns_its_bound_and_shows_samples(config: Config, tmp_path
     vae = Autoencoder(replace(MODEL, scaling_factor=0.18215, shift_factor=0.3))
     assert vae.post_quant_conv is not None
     vae.post_quant_conv.register_forward_hook(lambda module, args, output: raw.append(args[0]))
-    paint_samples(vae, 16, torch.device("cpu"))
+    paint_prior(vae, 16, torch.device("cpu"))
     assert float(raw[0].std()) == pytest.approx(1, abs=0.05)  # the prior of the raw latent
     assert float(raw[0].mean()) == pytest.approx(0, abs=0.05)
     with Image.open(output / "samples" / "0000150.png") as sheet:

@@ -104,14 +104,14 @@ def picture_sizes(
         file = folder / f"sizes-{digest(part.fingerprint(hashes))}.json"
         if not file.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            measured = measure(part, progress=progress)
+            measured = read_sizes(part, progress=progress)
             with written_aside(file) as partial:
                 partial.write_text(json.dumps(measured))
         found += [tuple(s) if s else None for s in json.loads(file.read_text())]
     return found
 
 
-def measure(source: Source, *, progress: bool = True) -> list[tuple[int, int] | None]:
+def read_sizes(source: Source, *, progress: bool = True) -> list[tuple[int, int] | None]:
     """(width, height) of every picture, from its header; None where it has none. ValueError where the disk fails."""
 
     def one(index: int) -> tuple[int, int] | None:

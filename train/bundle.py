@@ -22,6 +22,7 @@ from pipelines.find import BUNDLED, LORA
 from pipelines.folder import Model, load_model, save_model
 from pipelines.quantized import LEVELS, quantize
 from train.clip_model import CONFIG, WEIGHTS, export_text_tower, load_clip
+from train.launch import errors_said
 from vae.autoencoder import Autoencoder
 
 
@@ -141,7 +142,5 @@ def _near(a: Tensor, b: Tensor) -> bool:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_said():
         main(tyro.cli(Config))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -16,10 +16,10 @@ from pipelines.image import UNREADABLE
 from train.buckets import assign
 from train.build import text_folder
 from train.data import failures_named, refuse_unusable
-from train.pictures import Example, Row, Source, refuse_failing_disk
+from train.pictures import Example, Source, Stored, refuse_failing_disk
 from train.shards import Shards, open_shards
 from train.sources import describe, describe_row, is_remote, open_source, parts_of, split_parts
-from train.streams import held_out
+from train.streams import first_held_out
 from train.taken import VALIDATION
 
 NAMED = 20  # lines of a kind that are printed
@@ -141,7 +141,7 @@ def check(
             for one in tqdm(_of_shards(shards, size, workers), desc="checking", unit="pictures"):
                 found.add(one, name)
             try:
-                held_out(shards, VALIDATION // len(parts))
+                first_held_out(shards, VALIDATION // len(parts))
             except ValueError as error:
                 found.parts.setdefault(name, Part()).refused = str(error)
         print(f"{len(found.sizes):,} rows")
@@ -188,7 +188,7 @@ def _of_source(source: Source, workers: int) -> Iterator[Seen]:
 def _of_shards(shards: Shards, size: int, workers: int) -> Iterator[Seen]:
     """In the order of the files, `workers` pictures at a time; the first three rows are printed."""
 
-    def one(row: Row) -> Seen:
+    def one(row: Stored) -> Seen:
         try:
             return seen(row.example())
         except ValueError as error:

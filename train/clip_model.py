@@ -80,7 +80,7 @@ class ClipModel:
         return self.model.encode_text(tokenise(self.tokenizer, captions, self.length).to(device), normalize=True)
 
 
-def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> ClipModel:
+def load_clip(folder: str | Path) -> ClipModel:
     """Opens the `clip` folder of a training; ValueError when it is none."""
     folder = Path(folder)
     stem = WEIGHTS.removesuffix(".safetensors")
@@ -91,7 +91,7 @@ def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> ClipMod
         model.load_state_dict(read_weights(folder, stem))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: the files are broken or not of one model: {error}") from error
-    return ClipModel(model.to(device), ClipTokenizer.from_folder(folder))
+    return ClipModel(model, ClipTokenizer.from_folder(folder))
 
 
 def save_clip(folder: Path, model: open_clip.CLIP, arguments: dict[str, Any], tokenizer: ClipTokenizer) -> None:

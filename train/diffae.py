@@ -122,7 +122,7 @@ def new_model(config: Config) -> Model:
     return model
 
 
-class Learner(nn.Module):
+class SemanticLearner(nn.Module):
     """The loss of encoder and denoiser as one module, for mixed precision and several processes to wrap: the model
     itself is looked at in float32."""
 
@@ -233,7 +233,7 @@ def main(config: Config) -> Path:
     if found:
         networks.load_state_dict(found[1]["networks"])
         ema.load(found[1]["ema"])
-    learner, optimizer = accelerator.prepare(Learner(model, weight), optimizer)
+    learner, optimizer = accelerator.prepare(SemanticLearner(model, weight), optimizer)
     accelerator.init_trackers("diffae")
     millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in networks.items()}
     accelerator.print(f"M parameters: {millions}, {config.updates} updates of {global_batch}")

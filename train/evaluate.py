@@ -60,20 +60,20 @@ def candidates(objects: tuple[str, ...], style: str, ground: str, size: int, fon
     return np.stack([[small(paint(o, style, ground, size, seed, font=font)) for seed in PLACEMENTS] for o in objects])
 
 
-def nearest(image: Image.Image, row: Row, objects: tuple[str, ...], font: str | None = None) -> str:
+def closest_object(image: Image.Image, row: Row, objects: tuple[str, ...], font: str | None = None) -> str:
     """The object whose painting, in the row's style and ground, is closest to the picture."""
     known = candidates(objects, row.style, row.ground, image.width, font)
     distances = np.square(known - small(image)).sum(-1).min(1)
     return objects[int(distances.argmin())]
 
 
-def all_nearest(
+def closest_objects(
     images: Sequence[Image.Image], rows: Sequence[Row], objects: tuple[str, ...], font: str | None = None
 ) -> list[str]:
     """The `nearest` of each picture; each process draws the candidates of its own styles and grounds."""
     state, looks = PartialState(), [(style, ground) for style in STYLES for ground in GROUNDS]
     mine = [
-        (i, nearest(image, row, objects, font))
+        (i, closest_object(image, row, objects, font))
         for i, (image, row) in enumerate(zip(images, rows, strict=True))
         if looks.index((row.style, row.ground)) % state.num_processes == state.process_index
     ]
@@ -267,7 +267,7 @@ def evaluate(
         there, began = any((out / PAINTED / split).glob("*.png")), time.perf_counter()
         images = painted(split, asked)
         seconds = None if there else (time.perf_counter() - began) / count  # of all that were painted now
-        found = all_nearest(images, rows, objects, font)
+        found = closest_objects(images, rows, objects, font)
         misses = [f"{row.style} {row.object} -> {f}" for row, f in zip(rows, found, strict=True) if f != row.object]
         said = [a if f == row.object else f"wrong ({f}): {a}" for a, f, row in zip(asked, found, rows, strict=True)]
         if accelerator.is_main_process:

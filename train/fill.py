@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipelines.conditioners import load_conditioner
-from train.build import open_autoencoder, own_size, text_folder
+from train.build import open_autoencoder, side_for, text_folder
 from train.feed import open_feed
 from train.launch import start
 from train.texts import Texts
@@ -30,7 +30,7 @@ def fill(
     feed = open_feed(
         data,
         autoencoder,
-        size or own_size(autoencoder),
+        side_for(size, autoencoder),
         seed=0,
         global_batch=batch,
         cache=cache,

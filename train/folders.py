@@ -93,12 +93,12 @@ def _foreign(folder: Path) -> list[str]:
     return [f"left out, a format that is not read (convert it to JPEG or PNG): {file}" for file in files]
 
 
-def open_pictures(folder: Path, template: Template | None = None, say: Callable[[str], None] = print) -> FolderSource:
+def open_pictures(folder: Path, say: Callable[[str], None] = print) -> FolderSource:
     """All pictures of a folder, for those who can do without captions: with the captions of those that have some."""
     files, said, origin = pictures_in(folder), {}, "none"
     if files:
         try:
-            known = open_folder(folder, template)
+            known = open_folder(folder)
             said, origin = dict(zip(known.files, known.captions, strict=True)), known.origin
         except ValueError as error:
             say(f"no captions in {folder}: {error}")

@@ -162,7 +162,7 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
 
     def learn() -> tuple[float, float]:
         """One update: the loss on this process, and the norm of the gradient."""
-        found: list[Tensor] = []  # the loss of each step
+        lost: list[Tensor] = []  # the loss of each step
         seen: list[list[str]] = []  # its captions, the first three
         for micro in range(config.accumulate):
             first = (micro * accelerator.num_processes + rank) * config.batch_size
@@ -178,13 +178,13 @@ def main(config: Config, objective: Callable[..., Objective] = denoising) -> Pat
                 loss = losses.mean()
                 accelerator.backward(loss)
             meter.add(sigma, losses)
-            found.append(loss.detach())
+            lost.append(loss.detach())
             seen.append(batch.captions[:3])
         norm = accelerator.clip_grad_norm_(weights.values(), config.clip)
         if draws_ahead(device, feed):
             ahead.clear()
             ahead[update + 1] = drawn(update + 1, rank * config.batch_size)
-        norm, each = float(norm), torch.stack(found).tolist()  # here a GPU is waited for
+        norm, each = float(norm), torch.stack(lost).tolist()  # here a GPU is waited for
         for number, captions in zip(each, seen, strict=True):
             refuse_not_finite("loss", number, update, config.output, partial("captions {} …".format, captions))
         if not accelerator.scaler:  # which leaves such a step out

@@ -70,7 +70,7 @@ class Spread(NamedTuple):
     deviation: float  # standard deviation over the subsets
 
 
-def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> Spread:
+def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000) -> Spread:
     """Squared maximum mean discrepancy under k(x, y) = (x·y / d + 1)³, its unbiased estimator, over random subsets:
     KID where the features are Inception's (Bińkowski et al., arXiv:1801.01401, section 4).
 
@@ -82,7 +82,7 @@ def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 100
         raise ValueError(f"a kernel distance of {len(x)} and {len(y)} pictures: expected four or more of each")
     found = []
     for i in range(subsets):
-        draw = generator(seed, i)
+        draw = generator(0, i)
         a, b = (z[torch.randperm(len(z), generator=draw)[:size]].double() for z in (x, y))
         aa, bb, ab = (_cubic(u, v) for u, v in ((a, a), (b, b), (a, b)))
         within = aa.sum() - aa.trace() + bb.sum() - bb.trace()

@@ -32,7 +32,7 @@ class Source(Protocol):
     def fingerprint(self, hashes: "FileHashes | None" = None) -> str: ...  # hashes: of files, remembered
 
 
-class Row(NamedTuple):
+class Stored(NamedTuple):
     """A captioned picture as it lies in its file."""
 
     picture: bytes | None

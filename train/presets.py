@@ -57,6 +57,7 @@ PRESETS = {
         warmup=150,
         ema_decay=0.998,
         guidance_scale=2.0,
+        steps=16,
         checkpoint_every=500,
         mixed_precision="bf16",
     ),

@@ -166,11 +166,8 @@ def main(config: Config) -> Path:
         images = sent(softened(images, config.soften, draw) if config.soften else images, device)
         truths = sent(answers[chosen], device).unbind(1)
         with accelerator.autocast():
-            found_logits = learner(images.contiguous(memory_format=torch.channels_last))
-        losses = [
-            F.cross_entropy(a, truth_, label_smoothing=SMOOTHING)
-            for a, truth_ in zip(found_logits, truths, strict=True)
-        ]
+            logits = learner(images.contiguous(memory_format=torch.channels_last))
+        losses = [F.cross_entropy(a, b, label_smoothing=SMOOTHING) for a, b in zip(logits, truths, strict=True)]
         loss = torch.stack(losses).sum()
         follow_gradient(accelerator, optimizer, loss, network.parameters(), update, config.output)
         due, done = progress.advance(), progress.done

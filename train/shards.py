@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from train.captions import Template
-from train.pictures import Row, digest
+from train.pictures import Stored, digest
 from train.sources import HUB, expand, is_remote, refuse_several_splits, shards_in
 from train.tables import Columns, find_columns, has_pictures, row_of
 from train.tars import samples, tar_captions
@@ -67,12 +67,12 @@ class Shards:
         changes a sentence of its card, and the commit in the names is another."""
         return digest(*(COMMIT.sub("", name) for name in (self.origin, *self.files)))
 
-    def rows(self, file: int, place: Place) -> Iterator[tuple[Row, Place]]:
+    def rows(self, file: int, place: Place) -> Iterator[tuple[Stored, Place]]:
         """The rows of a file from `place` on, each with where it begins. Raises ValueError, which names the file."""
         with naming(self.files[file]):
             yield from self._parquet_rows(file, place) if self.columns else self._tar_rows(self.files[file], place)
 
-    def _tar_rows(self, name: str, place: Place) -> Iterator[tuple[Row, Place]]:
+    def _tar_rows(self, name: str, place: Place) -> Iterator[tuple[Stored, Place]]:
         with _opened(name) as opened:
             for sample in samples(opened, name, *place):
                 if sample.picture is None:
@@ -83,9 +83,9 @@ class Shards:
                     captions = ("",) if self.bare else tar_captions(sample, name, self.template)
                 except ValueError:  # of one among millions: counted as one without a caption
                     captions = ()
-                yield Row(opened.read(length), captions, f"{name}: {sample.key}"), [sample.begin]
+                yield Stored(opened.read(length), captions, f"{name}: {sample.key}"), [sample.begin]
 
-    def _parquet_rows(self, file: int, place: Place) -> Iterator[tuple[Row, Place]]:
+    def _parquet_rows(self, file: int, place: Place) -> Iterator[tuple[Stored, Place]]:
         assert self.columns
         groups = self.table.shard(len(self.files), file).reshard().with_format("arrow")
         first, skipped = place or (0, 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from train.cache import Latents
 from train.data import fit, framing, sent, to_unit
 from train.shards import Shards
-from train.streams import STREAMS, Block, Cursor, Stream, Unusable, held_out
+from train.streams import STREAMS, Block, Cursor, Stream, Unusable, first_held_out
 from train.taken import VALIDATION, Taken
 from vae.autoencoder import Autoencoder, Identity, Posterior
 
@@ -123,7 +123,7 @@ class StreamFeed:
         """The held-out pictures of each set: `number` rows of its first ones, whose places are noted in `held`."""
         means, logvars, captions = [], [], []
         for shards in self.sets:
-            rows, places = held_out(shards, number)
+            rows, places = first_held_out(shards, number)
             self.held.append(places)
             for row in rows[:number]:
                 with contextlib.suppress(ValueError):  # its header could be read, but not all of it

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from train.data import generator, refuse_share
-from train.pictures import Row
+from train.pictures import Stored
 from train.shards import Place, Shards
 
 BLOCK_ROWS = 1000
@@ -55,7 +55,7 @@ class Unusable:
 
 
 class Block(NamedTuple):
-    rows: list[Row]  # in the order in which they are given
+    rows: list[Stored]  # in the order in which they are given
     cursor: Cursor
 
 
@@ -87,7 +87,7 @@ class Stream:
         return self.block
 
     def _blocks(self, cursor: Cursor) -> Iterator[Block]:
-        rows: list[Row] = []
+        rows: list[Stored] = []
         size, begin, nothing_since = 0, cursor, cursor.epoch
         for row, epoch, file, place in self._rows(cursor):
             full = len(rows) >= BLOCK_ROWS or size >= self.bytes or epoch != begin.epoch
@@ -104,11 +104,11 @@ class Stream:
             rows.append(row)
             size += len(row.picture or b"")
 
-    def _shuffled(self, rows: list[Row], begin: Cursor) -> Block:
+    def _shuffled(self, rows: list[Stored], begin: Cursor) -> Block:
         order = torch.randperm(len(rows), generator=generator(self.seed, self.number, begin.item, 2))
         return Block([rows[i] for i in order.tolist()], begin)
 
-    def _rows(self, cursor: Cursor) -> Iterator[tuple[Row | None, int, int, Place]]:
+    def _rows(self, cursor: Cursor) -> Iterator[tuple[Stored | None, int, int, Place]]:
         """Usable rows from a cursor on, with epoch, file and place; None where an epoch begins."""
         epoch, first, place = cursor.epoch, cursor.file, cursor.place
         while True:
@@ -132,12 +132,12 @@ class Stream:
 class First(NamedTuple):
     """A usable row near the beginning of a set."""
 
-    row: Row
+    row: Stored
     place: tuple[int, ...]  # (file, *place in it)
     spare: bool  # whether it may be held out: every second row of a file, so that no stream runs dry
 
 
-def held_out(shards: Shards, number: int) -> tuple[list[Row], set[tuple[int, ...]]]:
+def first_held_out(shards: Shards, number: int) -> tuple[list[Stored], set[tuple[int, ...]]]:
     """`number` rows from the beginning of a set, and where they lie, so that training leaves them out.
 
     A set that ends before holds out a twentieth of itself, or, with fewer than 100 rows, none: then the rows are those

@@ -6,7 +6,7 @@ from typing import Any
 
 from train.captions import NAMES, Template, clean
 from train.hashes import FileHashes
-from train.pictures import Example, Row, digest
+from train.pictures import Example, Stored, digest
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,13 @@ def source_of(rows: Any, where: str, files: list[Path], template: Template | Non
     return ParquetSource(rows.cast_column(columns.image, datasets.Image(decode=False)), columns, files)
 
 
-def row_of(row: dict[str, Any], columns: Columns, key: str) -> Row:
+def row_of(row: dict[str, Any], columns: Columns, key: str) -> Stored:
     """Of a row as it lies in the file: pictures as bytes, or as a struct that holds them."""
     picture = row[columns.image]
     if isinstance(picture, dict):
         stored, path = picture["bytes"], picture.get("path")
         picture = Path(path).read_bytes() if stored is None and path and Path(path).is_file() else stored
-    return Row(picture, columns.captions(row), key)
+    return Stored(picture, columns.captions(row), key)
 
 
 def _image_struct(feature: Any) -> bool:

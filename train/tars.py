@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple
 from train.captions import Template, captions_of, clean
 from train.folders import decoded
 from train.hashes import FileHashes
-from train.pictures import MAX_UNUSABLE, PICTURES, Example, Row, digest
+from train.pictures import MAX_UNUSABLE, PICTURES, Example, Stored, digest
 
 
 class Sample(NamedTuple):
@@ -95,11 +95,11 @@ class TarSource:
     def __len__(self) -> int:
         return len(self.where)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> Stored:
         file, begin, length = self.where[index]
         with open(self.files[file], "rb") as opened:
             opened.seek(begin)
-            return Row(opened.read(length), self.captions[index], self.keys[index])
+            return Stored(opened.read(length), self.captions[index], self.keys[index])
 
     def __getitem__(self, index: int) -> Example:
         return self.row(index).example()

@@ -110,7 +110,7 @@ def normalise_latents(vae: Autoencoder, pixels: Tensor, device: torch.device) ->
 
 
 @torch.no_grad()
-def paint_samples(vae: Autoencoder, size: int, device: torch.device) -> list[Image.Image]:
+def paint_prior(vae: Autoencoder, size: int, device: torch.device) -> list[Image.Image]:
     """32 pictures decoded from the prior of a plain VAE: the raw latent is N(0, I), before latents are normalised."""
     side = size // vae.downscale
     raw = torch.randn(32, vae.latent_channels, side, side, generator=generator(0)).to(device)
@@ -122,7 +122,7 @@ def save(vae: Autoencoder, config: Config, update: int, pixels: Tensor, shown: T
     beside their reconstructions, then, where the bound is trained on, samples. Returns the reconstructions' PSNR."""
     device = next(vae.parameters()).device
     some = permutation(len(pixels), config.seed, -1)[:1024]
-    samples = paint_samples(vae.eval(), pixels.shape[1], device) if config.loss.elbo else []
+    samples = paint_prior(vae.eval(), pixels.shape[1], device) if config.loss.elbo else []
     finished = vae if config.decoder_only else normalise_latents(vae, pixels[some], device)
     output, decibels = reconstruct(finished, shown, device)
     rows = [tile for pair in zip(shown[:32].numpy(), map(to_pil, output[:32]), strict=True) for tile in pair]
