@@ -294,11 +294,13 @@ def step_grid(schedule: NoiseSchedule, steps: int, grid: Grid | str) -> Tensor:
 
 def _rows(schedule: NoiseSchedule, steps: int, grid: Grid) -> Tensor:
     """Rows of the table that a spacing visits: [steps] in float64, decreasing."""
-    spacing, rows, points = grid.spacing, schedule.entries, steps + grid.extra
+    spacing, rows = grid.spacing, schedule.entries
+    extra = 0 if spacing == "trailing" else grid.extra
+    points = steps + extra
     if rows == 0:
         schedule.entry(torch.zeros(1))  # says which spacings there are instead
     if points > rows:
-        raise ValueError(f"{spacing} spacing has at most {rows - grid.extra} steps on this schedule, got steps={steps}")
+        raise ValueError(f"{spacing} spacing has at most {rows - extra} steps on this schedule, got steps={steps}")
     if spacing == "leading":
         visited = torch.arange(points, dtype=torch.float64).flip(0)[:steps] * (rows // points)
         return visited + min(grid.offset, rows - 1 - int(visited[0]))  # all rows at most, where theirs has one too many

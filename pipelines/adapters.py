@@ -185,6 +185,9 @@ def read_lora(where: str | Path, model: Model) -> dict[str, Factors]:
         if not name or len(pair) < 2:
             strange.append(stem if len(pair) > 1 else f"{stem} (one factor without the other)")
             continue
+        if name in factors:
+            strange.append(f"{stem} (a second pair for one layer)")
+            continue
         down, up = pair["down"], pair["up"]
         weight: Any = layers[name].weight
         rank = down.shape[0]

@@ -4,6 +4,7 @@ import functools
 import operator
 import random
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ def check_sampler(name: str, eta: float, variance: str | None) -> None:
 
 def first_step(strength: float, steps: int) -> int:
     """How many first steps are skipped when sampling starts from a picture (diffusers' img2img)."""
-    run = min(int(steps * strength), steps)
-    if not 0 < strength <= 1 or run < 1:
+    run = min(int(steps * strength), steps) if isinstance(strength, Real) and 0 < strength <= 1 else 0
+    if run < 1:
         raise ValueError(f"strength={strength} of {steps} steps: expected above 0, at most 1, and at least one step")
     return steps - run
 

@@ -44,7 +44,7 @@ def data_type(name: torch.dtype | str | None) -> torch.dtype | None:
     if name is None:
         return None
     found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype={name!r}: expected float32, bfloat16 or float16")
     return found
 

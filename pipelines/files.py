@@ -51,7 +51,7 @@ def read_weights(folder: Path, stem: str = STEM, variant: str | None = None) -> 
     names = [*(half + plain if variant else plain + half), f"{stem}.int8.safetensors"]
     files = [folder / name for name in names if (folder / name).is_file()][:1]
     if files and files[0].suffix == ".json":
-        files = [folder / name for name in sorted(set(read_json(files[0])["weight_map"].values()))]
+        files = [folder / name for name in _shards(files[0])]
     if not files:
         pickled = ", ".join(f.name for f in folder.glob("*.bin"))
         raise ValueError(
@@ -62,6 +62,15 @@ def read_weights(folder: Path, stem: str = STEM, variant: str | None = None) -> 
     for file in files:
         weights |= read_tensors(file)[0]
     return dequantize(weights)
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; ValueError where it is none, or names what does not lie beside it."""
+    said = read_json(index).get("weight_map")
+    names = sorted(map(str, set(said.values()))) if isinstance(said, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index}: expected a weight_map that names files beside it, got {names[:3] or said}")
+    return names
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,7 +104,7 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = N
     exact = {name: weights.pop(name) for name in getattr(network, "exact", ())}
     if dtype is torch.int8:
         weights, file, dtype = quantize(weights), folder / f"{STEM}.int8.safetensors", None
-    weights = {name: w.to("cpu", dtype) for name, w in weights.items()} | exact
+    weights = {name: w.to("cpu", dtype if w.is_floating_point() else None) for name, w in weights.items()} | exact
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
     partial = file.with_name(f"{file.name}.partial")  # the network's own weights may be mapped from the file as it is
     save_file(weights, partial, metadata={"format": "pt"})

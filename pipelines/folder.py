@@ -5,6 +5,7 @@ This module and `pipelines.conditioners` alone know checkpoint layouts. A model 
 the layout can't say is saved without model_index.json, for Atelier alone; `for_atelier_alone` says why.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -261,6 +262,8 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
     notes |= save_conditioner(model.conditioner, folder, torch.float16 if dtype is torch.int8 else dtype)
     if model.codes is not None:
         save_network(model.codes, folder / "codes", dtype)
+    else:
+        shutil.rmtree(folder / "codes", ignore_errors=True)  # of a model that was here before
     write_json(folder / "atelier.json", notes)
     (folder / "model_index.json").unlink(missing_ok=True)  # of a model that was here before
     if dtype is not torch.int8 and not for_atelier_alone(model):

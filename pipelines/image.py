@@ -36,6 +36,8 @@ def image_batch(
         raise ValueError(f"image: got pictures of several sizes {sorted(sides)}: give height and width")
     own = sides.pop()
     size = [side if side is not None else o - o % factor for side, o in zip((height, width), own, strict=True)]
+    if min(own) < factor and (height is None or width is None):
+        raise ValueError(f"image: got {own[0]} × {own[1]} pixels, expected {factor} at least, or give height and width")
     if any(side < factor or side % factor for side in size):
         raise ValueError(f"height × width = {size[0]} × {size[1]}: expected multiples of {factor}")
     resized = [_resized(one, size) for one in batch]
@@ -94,7 +96,7 @@ def _tensors(image: Any) -> Sequence[Tensor]:
     if not isinstance(image, Tensor) or image.ndim not in (3, 4) or image.shape[-3] != 3:
         got = tuple(image.shape) if hasattr(image, "shape") else type(image).__name__
         raise ValueError(f"image: got {got}, expected PIL pictures, or numbers [N, 3, H, W] or [N, H, W, 3] in [0, 1]")
-    if not image.is_floating_point() or image.min() < 0 or image.max() > 1:
+    if not image.is_floating_point() or not (image.min() >= 0 and image.max() <= 1):  # nor is NaN
         raise ValueError("image: expected numbers in [0, 1], as output_type 'pt' and 'np' give them")
     return list((image.float() * 2 - 1).cpu().view(-1, *image.shape[-3:]))
 

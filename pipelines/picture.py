@@ -44,7 +44,7 @@ class Picture(Image.Image):
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """As PIL's, but for a PNG, which carries the settings; a `pnginfo` of the caller's stays as it is."""
-        name = "" if hasattr(fp, "write") else str(fp)
+        name = str(getattr(fp, "name", "")) if hasattr(fp, "write") else str(fp)
         if (format or Path(name).suffix.lstrip(".")).lower() == "png" and "pnginfo" not in params:
             chunks = PngInfo()
             for key in ("prompt", "seed"):

@@ -69,12 +69,15 @@ def test_what_a_call_returns_can_be_given_back(pipe: TextToImagePipeline, pictur
     [
         ({"strength": 0.0}, "strength=0.0"),
         ({"strength": 1.5}, "strength=1.5"),
+        ({"strength": float("nan")}, "strength=nan"),
+        ({"strength": "0.5"}, "strength=0.5"),
         ({"strength": 0.1, "steps": 4}, "at least one step"),
         ({"image": "fox.png"}, "got str"),
         ({"image": np.zeros((8, 8, 4))}, r"got \(8, 8, 4\)"),
         ({"image": torch.full((3, 8, 8), 2.0)}, r"in \[0, 1\]"),
         ({"image": [Image.new("RGB", (8, 8))] * 3}, "3 pictures for 1 prompts"),
-        ({"image": Image.new("RGB", (2, 8))}, "expected multiples of"),
+        ({"image": torch.full((3, 8, 8), float("nan"))}, r"in \[0, 1\]"),
+        ({"image": Image.new("RGB", (2, 8))}, "got 8 × 2 pixels, expected 4 at least"),
         ({"height": 10}, "expected multiples of"),
     ],
 )

@@ -79,6 +79,9 @@ def test_saved_png_carries_prompt_seed_and_settings(pipe: TextToImagePipeline, t
     assert wanted.items() <= settings.items()
     assert settings["model"] == pipe.source
     assert Path(pipe.source).is_dir()
+    with open(tmp_path / "open.png", "wb") as file:
+        image.save(file)
+    assert Image.open(tmp_path / "open.png").text == text
     image.save(tmp_path / "fox.jpg")  # other formats are as PIL has them
 
 

@@ -217,6 +217,13 @@ def test_bad_folders_say_what_to_do(tmp_path: Path, model_folder: Path) -> None:
     weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
     with pytest.raises(ValueError, match="pickled"):
         TextToImagePipeline.from_pretrained(broken)
+    index = weights.with_name("diffusion_pytorch_model.safetensors.index.json")
+    for said in ({}, {"weight_map": {"a": str(tmp_path / "elsewhere.safetensors")}}):
+        index.write_text(json.dumps(said))
+        with pytest.raises(ValueError, match=f"{index}: expected a weight_map that names files beside it"):
+            TextToImagePipeline.from_pretrained(broken)
+    with pytest.raises(ValueError, match="expected float32, bfloat16 or float16"):
+        TextToImagePipeline.from_pretrained(model_folder, dtype="float8_e4m3fn")
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_products_give_the_same_table_as_betas():
     [
         (spacing, steps)
         for spacing in ("leading", "trailing", "linspace")
-        for steps in (1, 2, 7, 10, 20, 28, 48, 50, 61, 333)
+        for steps in (1, 2, 7, 10, 20, 28, 48, 50, 61, 333, *([1000] if spacing == "trailing" else []))
         if (spacing, steps) != ("linspace", 1)  # theirs is the table's cleanest row; ours the noisiest, see below
     ],
 )
