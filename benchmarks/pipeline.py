@@ -71,7 +71,8 @@ def random_peer(folder: Path) -> Path:
     from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
     from conditioning.tokenizer import ClipTokenizer
     from ldm.unet import UNet, UNetConfig
-    from pipelines.folder import Defaults, Model, save_model, scheduler_config
+    from pipelines.defaults import Defaults
+    from pipelines.folder import Model, save_model, scheduler_config
     from vae.autoencoder import Autoencoder, AutoencoderConfig
 
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conditioning.context import Context
 from conditioning.text import LongPrompts, TextEncoder
 from conditioning.tokenizer import ClipTokenizer
 from conditioning.unfilled import unfilled
@@ -222,6 +223,12 @@ class ClipTextEncoder(TextEncoder):
     def embed(self, ids: Tensor) -> Tensor:
         return self.tower(ids, self.clip_skip)
 
+    def forward(self, captions: Sequence[str], *, chunks: int | None = None, clip_skip: int | None = None) -> Context:
+        """clip_skip: instead of its own. Raises as `ids`, and `ClipText.states`."""
+        ids = self.ids(captions, chunks=chunks)
+        skipped = self.clip_skip if clip_skip is None else clip_skip
+        return self.context(ids, self.tower(ids.flatten(0, 1), skipped))
+
     def unused(self) -> list[nn.Parameter]:
         """Weights behind the layer that is looked at, where a tower has a projection: nothing can be learned there."""
         return list(self.tower.text_projection.parameters()) if self.tower.text_projection else []
@@ -231,8 +238,7 @@ class ClipTextEncoder(TextEncoder):
 
         Raises ValueError, and learns nothing, when one is known already.
         """
-        for token, vectors in tokens.items():
-            self.clip_tokenizer.check_new(token, len(vectors))
+        self.clip_tokenizer.check_new({token: len(vectors) for token, vectors in tokens.items()})
         every = []
         for token, vectors in tokens.items():
             ids = self.clip_tokenizer.add_token(token, len(vectors))

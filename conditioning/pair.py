@@ -65,18 +65,21 @@ class ClipTextPair(nn.Module):
         told = {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": summary, "time_ids": None}}
         return with_sizes(told, sizes)
 
-    def encode(self, captions: Sequence[str], *, chunks: int | None = None) -> tuple[Tensor, Tensor]:
-        """(hidden states, summaries) of captions, the empty one like any other."""
+    def encode(
+        self, captions: Sequence[str], *, chunks: int | None = None, clip_skip: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(hidden states, summaries) of captions, the empty one like any other; clip_skip: instead of its own."""
         layers = min(encoder.tower.config.num_hidden_layers for encoder in (self.first, self.second))
-        if not 0 <= self.clip_skip < layers:
-            raise ValueError(f"clip_skip: got {self.clip_skip}, expected 0 to {layers - 1}, the layers but the last")
+        skipped = self.clip_skip if clip_skip is None else clip_skip
+        if not 0 <= skipped < layers:
+            raise ValueError(f"clip_skip: got {skipped}, expected 0 to {layers - 1}, the layers but the last")
         captions = checked(captions)
         chunks = chunks or self.chunks(captions)
         windows, states = self.first.ids(captions, chunks=chunks), []  # [B, chunks, L]
-        states.append(self.first.tower.states(windows.flatten(0, 1), 1 + self.clip_skip)[-1])
+        states.append(self.first.tower.states(windows.flatten(0, 1), 1 + skipped)[-1])
         windows = self.second.ids(captions, chunks=chunks)
         every = self.second.tower.states(windows.flatten(0, 1))
-        states.append(every[-2 - self.clip_skip])
+        states.append(every[-2 - skipped])
         summary = self.second.tower.summary(every[-1].unflatten(0, windows.shape[:2])[:, 0], windows[:, 0])
         return torch.cat(states, dim=-1).reshape(len(windows), -1, self.widths[0]), summary
 
@@ -90,9 +93,8 @@ class ClipTextPair(nn.Module):
 
         Raises ValueError, and learns nothing, when one is known already.
         """
-        for token, pair in tokens.items():
-            for encoder, vectors in zip((self.first, self.second), pair, strict=True):
-                encoder.clip_tokenizer.check_new(token, len(vectors))
+        for i, encoder in enumerate((self.first, self.second)):
+            encoder.clip_tokenizer.check_new({token: len(pair[i]) for token, pair in tokens.items()})
         self.first.add_tokens({token: pair[0] for token, pair in tokens.items()})
         self.second.add_tokens({token: pair[1] for token, pair in tokens.items()})
 

@@ -61,7 +61,11 @@ class TextEncoder(nn.Module, ABC):
     def forward(self, captions: Sequence[str], *, chunks: int | None = None) -> Context:
         """Raises as `ids`."""
         ids = self.ids(captions, chunks=chunks)
-        hidden = self.embed(ids.flatten(0, 1))  # [B * chunks, L, D]
+        return self.context(ids, self.embed(ids.flatten(0, 1)))
+
+    @staticmethod
+    def context(ids: Tensor, hidden: Tensor) -> Context:
+        """The context of windows [B, chunks, L] whose hidden states are [B * chunks, L, D]."""
         return {"encoder_hidden_states": hidden.reshape(len(ids), -1, hidden.shape[-1])}
 
     def ids(self, captions: Sequence[str], *, chunks: int | None = None) -> Tensor:

@@ -72,18 +72,28 @@ class ClipTokenizer:
 
         Raises ValueError when it is known already, or empty.
         """
-        self.check_new(token, vectors)
+        self.check_new({token: vectors})
         pieces = _pieces(token, vectors)
         self.backend.add_tokens([AddedToken(piece) for piece in pieces])
         self._find_several()
         return [self._id(piece) for piece in pieces]
 
-    def check_new(self, token: str, vectors: int = 1) -> None:
-        """Raises ValueError when `add_token` could not learn it."""
-        known = [piece for piece in _pieces(token, max(2, vectors)) if self.backend.token_to_id(piece) is not None]
-        if known or not token.strip():
-            why = f"{known[0]!r} is known to this tokenizer" if known else "it is empty"
-            raise ValueError(f"token {token!r}: {why}; give another name, such as <my-token>")
+    def check_new(self, tokens: Mapping[str, int]) -> None:
+        """Raises ValueError when `add_token` could not learn these, each in so many vectors, one after the other."""
+        clean: Any = self.backend.normalizer
+        known = {clean.normalize_str(token.content) for token in self.backend.get_added_tokens_decoder().values()}
+        for token, vectors in tokens.items():
+            pieces = [clean.normalize_str(piece) for piece in _pieces(token, vectors + 1)]  # the one behind it, too
+            there = [p for p in pieces if p in known or self.backend.token_to_id(p) is not None]
+            base, _, row = pieces[0].rpartition("_")
+            why = "" if token.strip() else "it is empty"
+            if there:
+                why = f"{there[0]!r} is known to this tokenizer"
+            elif base in known and row in map(str, range(1, 1 + len(known))) and known >= {*_pieces(base, int(row))}:
+                why = f"it would be read as a further vector of {base!r}"
+            if why:
+                raise ValueError(f"token {token!r}: {why}; give another name, such as <my-token>")
+            known.update(pieces[:-1])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids)).replace(END_OF_WORD, " ").strip()
@@ -149,7 +159,7 @@ class ClipTokenizer:
                 lower_case=config.get("do_lower_case", True),
                 added=added,
             )
-        except (KeyError, TypeError, UnicodeDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{folder}: not a CLIP tokenizer (a byte-pair vocabulary and its merges): {error}"
             ) from error
@@ -219,9 +229,12 @@ def _json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); is the download complete?") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(value).__name__}")
+    return value
 
 
 def _write(path: Path, text: str) -> None:

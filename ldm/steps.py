@@ -44,9 +44,9 @@ def step_and_spread(
     """Each step goes down the probability flow to one level and adds noise of another: `spread` is both."""
     for i, sigma, lower in steps_of(sigmas):
         x0 = denoise(x, sigma)
+        down, up = spread(x, sigma, lower)  # before the callback: a learned variance is that of the last run
         if callback:
             callback(i, sigma, x, x0)
-        down, up = spread(x, sigma, lower)
         x = x0 + down / sigma * (x - x0)
         if isinstance(up, Tensor) or up > 0:
             x = x + up * drawn(noise, x)

@@ -182,9 +182,10 @@ class UNet(Network):
         if states is None:
             return None
         projected = None
-        if self._contexts is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        kept = self._contexts  # bound once: another thread's call may end meanwhile
+        if kept is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The tensor itself is kept beside its results, so that its id can't pass to another one.
-            _, projected = self._contexts.setdefault(id(states), (states, {}))
+            _, projected = kept.setdefault(id(states), (states, {}))
         if mask is not None:
             mask = (1 - mask.to(dtype))[:, None, None, :] * -10000.0  # as in diffusers; a row of zeros gives no NaN
         return TextContext(states.to(dtype), mask, projected)

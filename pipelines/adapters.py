@@ -1,8 +1,7 @@
-"""LoRA (arXiv:2106.09685): small files of low-rank changes, merged into the weights of a model to paint with.
+"""Files of LoRA (arXiv:2106.09685), low-rank changes of a model's weights: W + weight * alpha / rank * B A.
 
-W becomes W + weight * alpha / rank * B A, so a picture costs what it cost without. What was replaced is kept, and
-comes back to the bit. Files of diffusers, peft and kohya's scripts (as most on the hub are) are understood. Those of
-this project say in their header what a call shall take when nothing is said: steps, guidance, sampler.
+Those of diffusers, peft and kohya's scripts (as most on the hub are) are understood. This project's own say in their
+header what a call shall take when nothing is said: steps, guidance, sampler.
 """
 
 import json
@@ -10,11 +9,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,10 +19,11 @@ from torch import Tensor, nn
 from conditioning.clip import PREFIX, ClipTextEncoder, full_name
 from conditioning.pair import ClipTextPair
 from ldm.unet import UNet
-from pipelines.files import read_json, read_tensors
+from pipelines.defaults import read_defaults
+from pipelines.files import blaming, read_json, read_tensors
 from pipelines.find import LORA as NAME
 from pipelines.find import PEFT, PEFT_CONFIG, find_file
-from pipelines.folder import Defaults, Model
+from pipelines.folder import Model
 from pipelines.original import diffusers_name
 
 PAINTING = "painting"  # entry of the notes: some of CALLED, and "scheduler", changes of its config
@@ -64,80 +62,17 @@ class Factors(NamedTuple):
     scale: float  # alpha / rank
 
 
-class Loras:
-    """The LoRAs that are merged into a model, each under the name that it was loaded by."""
-
-    def __init__(self, model: Model):
-        self.model = model
-        self.weights: dict[str, float] = {}
-        self._painting: dict[str, dict[str, Any]] = {}
-        self._own: tuple[Defaults, dict[str, Any]] | None = None  # what the model's calls take, where a LoRA says other
-        self._factors: dict[str, dict[str, Factors]] = {}
-        self._replaced: dict[str, Tensor] = {}  # layer -> its own weight, on the CPU
-
-    def load(self, where: str | Path, weight: float = 1.0) -> None:
-        """Merges a file (`read_lora`); one that is loaded already is read again and gets the new weight."""
-        file = find_file(where, (NAME, PEFT))
-        factors = read_lora(file, self.model)
-        self._set(str(where), weight)
-        self._factors[str(where)] = factors
-        self._painting.pop(str(where), None)
-        if said := painting_of(file):
-            self._painting[str(where)] = said
-        self._merge()
-
-    def set(self, where: str | Path, weight: float) -> None:
-        """Another weight for what was loaded from there; ValueError if nothing was."""
-        if str(where) not in self.weights:
-            raise ValueError(f"no LoRA {str(where)!r} is loaded: {', '.join(self.weights) or 'none'} is")
-        self._set(str(where), weight)
-        self._merge()
-
-    def unload(self) -> None:
-        """Removes all: every weight is what it was."""
-        self.weights, self._factors, self._painting = {}, {}, {}
-        self._merge()
-
-    def _set(self, name: str, weight: float) -> None:
-        if not math.isfinite(weight):
-            raise ValueError(f"weight={weight} of LoRA {name}: expected a number, 1 as it was trained, 0 for nothing")
-        self.weights[name] = float(weight)
-
-    @torch.no_grad()
-    def _merge(self) -> None:
-        layers = layers_of(self.model)
-        changed = {layer for factors in self._factors.values() for layer in factors}
-        for name in changed | self._replaced.keys():
-            weight: Any = layers[name].weight
-            own = self._replaced.setdefault(name, weight.detach().to("cpu", copy=True))
-            merged = own.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-            for lora, factors in self._factors.items():
-                if name in factors and self.weights[lora]:
-                    down, up = (f.to(merged).flatten(1) for f in factors[name][:2])
-                    merged = merged + self.weights[lora] * factors[name].scale * (up @ down).view_as(merged)
-            weight.copy_(merged)
-        self._replaced = {name: own for name, own in self._replaced.items() if name in changed}
-        self._say()
-
-    def _say(self) -> None:
-        """What calls take: as the LoRAs in use say, the last of them first; without any, what they took before."""
-        if self._own:
-            self.model.defaults, self.model.scheduler = self._own
-        self._own = (self.model.defaults, self.model.scheduler) if self._painting else None
-        for lora, said in self._painting.items():
-            if self.weights[lora]:
-                called = {key: value for key, value in said.items() if key in CALLED}
-                if "guidance_interval" in called:
-                    called["guidance_interval"] = tuple(called["guidance_interval"])
-                self.model.defaults = replace(self.model.defaults, **called)
-                self.model.scheduler = {**self.model.scheduler, **said.get("scheduler", {})}
-
-
 def painting_of(file: Path) -> dict[str, Any]:
-    """What a LoRA's header says of painting with it; nothing, where it was not trained here."""
+    """What a LoRA's header says of painting with it; nothing, where it was not trained here.
+
+    Raises ValueError for a value that no call takes.
+    """
     with safe_open(file, "pt") as opened:
-        said = json.loads((opened.metadata() or {}).get(NOTES, "{}")).get(PAINTING, {})
-    return said if isinstance(said, dict) else {}
+        said = _header_notes(file, opened.metadata() or {}).get(PAINTING, {})
+    if not isinstance(said, dict) or not isinstance(said.get("scheduler", {}), dict):
+        raise ValueError(f"{file}: what its header says of painting is {said!r}, expected names and values")
+    kept = {"scheduler": said["scheduler"]} if "scheduler" in said else {}
+    return read_defaults({key: value for key, value in said.items() if key in CALLED}, file) | kept
 
 
 def layers_of(model: Model) -> dict[str, nn.Module]:
@@ -196,7 +131,8 @@ def read_lora(where: str | Path, model: Model) -> dict[str, Factors]:
             sizes = f"{tuple(up.shape)} times {tuple(down.shape)} for a weight of {tuple(weight.shape)}"
             strange.append(f"{stem} ({sizes})")
             continue
-        factors[name] = Factors(down, up, _scale(name, rank, alphas.get(stem), notes))
+        with blaming(file):
+            factors[name] = Factors(down, up, _scale(name, rank, alphas.get(stem), notes))
     strange += [f"{stem}.alpha" for stem in alphas if stem not in pairs]
     if strange:
         raise ValueError(
@@ -272,7 +208,7 @@ def _candidates(stem: str, model: Model) -> Iterator[str]:
 def _notes(file: Path, header: Mapping[str, str], alphas: Mapping[str, float]) -> dict[str, Any]:
     """peft's settings of a file: in its header, or in the file that peft writes beside its own."""
     if NOTES in header:
-        return json.loads(header[NOTES])
+        return _header_notes(file, header)
     if file.name == PEFT and (file.parent / PEFT_CONFIG).is_file():
         return read_json(file.parent / PEFT_CONFIG)
     if file.name == PEFT and not alphas:
@@ -280,6 +216,16 @@ def _notes(file: Path, header: Mapping[str, str], alphas: Mapping[str, float]) -
             f"{file} is of peft, and {PEFT_CONFIG}, which peft writes beside it, is missing: its strength is there"
         )
     return {}
+
+
+def _header_notes(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        notes = json.loads(header.get(NOTES, "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: {NOTES} in its header is not JSON ({error})") from None
+    if not isinstance(notes, dict):
+        raise ValueError(f"{file}: {NOTES} in its header should be a JSON object, it is {notes!r}")
+    return notes
 
 
 def _scale(name: str, rank: int, alpha: float | None, notes: Mapping[str, Any]) -> float:

@@ -1,6 +1,7 @@
 """The arguments of a call, checked: prompts, sides, and where the noise comes from."""
 
 import functools
+import math
 import operator
 import random
 from collections.abc import Sequence
@@ -21,6 +22,17 @@ def whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name}={value!r}: expected a whole number") from None
+
+
+def number(name: str, value: Any, expected: str) -> float:
+    """Python's own float of a finite number of any kind; ValueError for anything else."""
+    try:
+        found = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{name}={value!r}: expected a number, {expected}")
+    return found
 
 
 def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:
@@ -76,9 +88,9 @@ def first_step(strength: float, steps: int) -> int:
     return steps - run
 
 
-def checked_sides(height: int | None, width: int | None, size: int, factor: int) -> tuple[int, int]:
-    """Height and width in pixels, by default `size`; ValueError unless multiples of the autoencoder's factor."""
-    sides = (size if height is None else height, size if width is None else width)
+def checked_sides(height: int | None, width: int | None, default: tuple[int, int], factor: int) -> tuple[int, int]:
+    """Height and width in pixels; ValueError unless multiples of the autoencoder's factor."""
+    sides = (default[0] if height is None else height, default[1] if width is None else width)
     if any(side < factor or side % factor for side in sides):
         near = " × ".join(str(max(factor, round(side / factor) * factor)) for side in sides)
         raise ValueError(f"height × width = {sides[0]} × {sides[1]}: expected multiples of {factor}, such as {near}")
@@ -101,7 +113,8 @@ def told_sizes(
     for name, pair in given.items():
         if pair is not None and not told:
             raise ValueError(f"{name}={pair!r} belongs to SDXL's kind of model, and this one is told no sizes")
-        if pair is not None and (len(pair) != 2 or any(not isinstance(n, int) for n in pair)):
+        listed = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
+        if pair is not None and not listed:
             what = "(top, left)" if name == "crop" else "(height, width)"
             raise ValueError(f"{name}={pair!r}: expected {what}, two whole numbers of pixels")
     default = {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width)}
@@ -117,8 +130,9 @@ def starting_noise(
     """
     if seed is not None and generator is not None:
         raise ValueError("seed and generator both say where noise comes from: give one")
-    if latents is not None and tuple(latents.shape) != shape:
-        raise ValueError(f"latents should be of shape {shape}, got {tuple(latents.shape)}")
+    if latents is not None and (not isinstance(latents, Tensor) or tuple(latents.shape) != shape):
+        got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(f"latents should be a tensor of shape {shape}, got {got}")
     given = [] if generator is None else [generator] if isinstance(generator, torch.Generator) else generator
     if not isinstance(given, list | tuple) or not all(isinstance(one, torch.Generator) for one in given):
         raise ValueError(f"generator={generator!r}: expected a torch.Generator, or a list of one for each picture")

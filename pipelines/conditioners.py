@@ -13,9 +13,11 @@ from conditioning.pair import ClipTextPair
 from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextEncoder
 from conditioning.tokenizer import ClipTokenizer
-from pipelines.files import open_network, read_json, read_weights, save_network
+from pipelines.files import blaming, open_network, read_json, read_weights, save_network
 
 ZERO_NULL = "force_zeros_for_empty_prompt"  # diffusers' entry of model_index.json
+NOTES = "atelier.json"
+CONDITIONED = ("clip", "labels", "none", "semantic")  # what "conditioning" is there
 ENCODERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))  # folders
 
 Conditioning = TextEncoder | ClipTextPair | Labels | Unconditional | SemanticEncoder
@@ -30,8 +32,11 @@ def load_conditioner(
     """What conditions the model of a folder; its own kind is in atelier.json (`notes`), otherwise it is a CLIP text
     encoder, or two where there is a second."""
     kind = notes.get("conditioning", "clip")
+    if kind not in CONDITIONED:
+        raise ValueError(f"{folder / NOTES}: conditioning is {kind!r}, expected one of {', '.join(CONDITIONED)}")
     if kind == "labels":
-        return Labels(notes["labels"])
+        with blaming(folder / NOTES):
+            return Labels(notes["labels"])
     if kind == "none":
         return Unconditional()
     if kind == "semantic":
@@ -85,7 +90,9 @@ def components(conditioner: ClipTextEncoder | ClipTextPair) -> dict[str, Any]:
 
 
 def _clip(folder: Path, encoder: str, tokenizer: str, dtype: torch.dtype, variant: str | None) -> ClipTextEncoder:
-    config = ClipTextConfig.from_dict(read_json(folder / encoder / "config.json"))
-    tower = ClipText.from_weights(config, read_weights(folder / encoder, "model", variant))
+    file = folder / encoder / "config.json"
+    values, weights = read_json(file), read_weights(folder / encoder, "model", variant)
+    with blaming(file):
+        tower = ClipText.from_weights(ClipTextConfig.from_dict(values), weights)
     tower = tower.to(dtype).eval().requires_grad_(False)
     return ClipTextEncoder(tower, ClipTokenizer.from_folder(folder / tokenizer))

@@ -17,15 +17,17 @@ def best_device() -> str:
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Inside, float32 is float32 on a GPU, too, and not TF32, whose ten bits PyTorch's convolutions take there."""
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
+    cudnn: Any = torch.backends.cudnn
+    switches = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    # Not `allow_tf32`, PyTorch's older name of them: it can't be read where a caller has used this one.
+    before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
-            switch.allow_tf32 = False
+            switch.fp32_precision = "ieee"
         yield
     finally:
         for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+            switch.fp32_precision = value
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -22,7 +22,7 @@ from ldm.denoiser import Denoise
 from ldm.samplers import SAMPLERS, invert
 from ldm.schedule import step_grid
 from ldm.unet import UNet
-from pipelines.arguments import starting_noise, step_count
+from pipelines.arguments import starting_noise, step_count, whole
 from pipelines.codes import Attribute, Codes, fit_attribute
 from pipelines.device import exact_float32
 from pipelines.folder import Model
@@ -143,7 +143,7 @@ class DiffusionAutoencoderPipeline(OpenedModel):
     ) -> list[Image.Image]:
         """`count` pictures on the way from one to another, both codes going along; the ends are reconstructions."""
         ends = [self.encode(image, steps=steps, sampler=sampler) for image in (first, second)]
-        if any(len(end.semantic) != 1 for end in ends) or count < 2:
+        if any(len(end.semantic) != 1 for end in ends) or whole("count", count) < 2:
             got = " and ".join(str(len(end.semantic)) for end in ends)
             raise ValueError(f"expected one picture and another, and count of at least 2; got {got}, {count=}")
         between = [ends[0].toward(ends[1], i / (count - 1)) for i in range(count)]
@@ -207,6 +207,6 @@ def _squares(image: Any, size: int) -> Tensor:
 
 
 def _positive(count: int) -> int:
-    if count < 1:
+    if whole("count", count) < 1:
         raise ValueError(f"count={count}: expected at least 1")
     return count

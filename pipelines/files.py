@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file} should hold a JSON object, it holds a {type(value).__name__}")
     return value
+
+
+@contextmanager
+def blaming(file: Path) -> Iterator[None]:
+    """Whatever a config in this file makes fail, inside, is a ValueError that names it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{file} holds a value that makes no sense ({type(error).__name__}: {error})") from error
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -85,8 +97,10 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def open_network(kind: Any, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
     """A network of this kind from its folder, frozen, in float32 by default; ValueError when names or shapes of the
     weights do not fit its config."""
-    with unfilled():
-        network = kind.from_config(read_json(folder / "config.json"))
+    config = folder / "config.json"
+    values = read_json(config)
+    with unfilled(), blaming(config):
+        network = kind.from_config(values)
     try:
         network.load_state_dict(read_weights(folder, variant=variant), strict=True, assign=True)
     except RuntimeError as error:

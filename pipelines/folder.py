@@ -7,7 +7,7 @@ the layout can't say is saved without model_index.json, for Atelier alone; `for_
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from ldm.pixel_unet import PixelUNet
 from ldm.schedule import EDM, NoiseSchedule, RectifiedFlow, VariancePreserving
 from ldm.unet import UNet, UNetConfig
 from pipelines.codes import CodeDiffusion
-from pipelines.conditioners import Conditioning, check_saved, components, load_conditioner, save_conditioner
-from pipelines.files import load_autoencoder, open_network, read_json, save_network, write_json
+from pipelines.conditioners import NOTES, Conditioning, check_saved, components, load_conditioner, save_conditioner
+from pipelines.defaults import Defaults, read_defaults
+from pipelines.files import blaming, load_autoencoder, open_network, read_json, save_network, write_json
 from pipelines.find import find_model
 from pipelines.scheduler import warn_of_differences
 from vae.autoencoder import Autoencoder, Identity
@@ -40,20 +41,6 @@ BETAS: dict[str, Any] = {
 PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "mean": "mean"}  # ours: the last
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What a call takes when nothing is said, and what training left for the reader: atelier.json."""
-
-    steps: int = 50
-    guidance_scale: float = 7.5
-    guidance_interval: tuple[float, float] | None = None  # in sigma
-    sampler: str = ""  # "" takes the one of the scheduler's name
-    size: int | None = None  # side in pixels; None: the network's own
-    caption_dropout: float | None = None  # None: not recorded
-    data: str = ""  # what it was trained on
-    views: int = 1  # how often each drawn pictogram was drawn for that
-
-
 @dataclass
 class Model:
     """The parts of a latent diffusion model. `scheduler` is the config that says path, prediction and step spacing;
@@ -65,10 +52,16 @@ class Model:
     scheduler: dict[str, Any]
     defaults: Defaults = field(default_factory=Defaults)
     codes: CodeDiffusion | None = None
+    loras: Any = field(default=None, init=False, repr=False, compare=False)  # `pipelines.loras.Loras` of its own
 
     def __post_init__(self) -> None:
         self.schedule, self.prediction = schedule_from(self.scheduler)
         self.denoiser = Denoiser(self.unet, self.schedule, self.prediction, self.scheduler.get("sigma_data", 1.0))
+        if isinstance(self.vae, Autoencoder) and (self.vae.config.in_channels, self.vae.config.out_channels) != (3, 3):
+            raise ValueError(
+                f"the autoencoder takes {self.vae.config.in_channels} and puts out {self.vae.config.out_channels} "
+                "channels of a picture: expected 3 and 3, red, green and blue"
+            )
         channels, outputs = self.vae.latent_channels, self.unet.config.out_channels
         if outputs not in (channels, 2 * channels):
             raise ValueError(
@@ -138,10 +131,17 @@ class Model:
         return doubled and self.scheduler.get("variance_type") == "learned_range"
 
     @property
-    def size(self) -> int:
-        """Side of the pictures it paints by default, in pixels."""
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the pictures it paints by default, in pixels."""
         latent = self.unet.config.sample_size or 64
-        return self.defaults.size or (latent if isinstance(latent, int) else max(latent)) * self.vae.downscale
+        latents = (latent, latent) if isinstance(latent, int) else latent
+        size = self.defaults.size
+        return (size, size) if size else (latents[0] * self.vae.downscale, latents[1] * self.vae.downscale)
+
+    @property
+    def size(self) -> int:
+        """The longer of these sides, which are the same in most models."""
+        return max(self.sides)
 
     def parts(self) -> tuple[nn.Module, ...]:
         return (self.unet, self.vae, self.conditioner, *([self.codes] if self.codes is not None else []))
@@ -201,10 +201,10 @@ def schedule_from(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
 
     Its other keys are about sampling (`pipelines.scheduler`).
     """
-    if config.get("path") == "flow":
-        return RectifiedFlow(), config["prediction"]
-    if config.get("path") == "edm":
-        return EDM(config["sigma_data"]), config["prediction"]
+    if "path" in config:
+        if config["path"] not in ("flow", "edm"):
+            raise ValueError(f"path={config['path']!r} is not implemented: flow and edm are, and tables of betas")
+        return RectifiedFlow() if config["path"] == "flow" else EDM(config["sigma_data"]), config["prediction"]
     name = config.get("_class_name", "")
     if name.startswith(("FlowMatch", "EDM")):  # whose levels are of no beta table
         raise ValueError(
@@ -264,7 +264,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
         save_network(model.codes, folder / "codes", dtype)
     else:
         shutil.rmtree(folder / "codes", ignore_errors=True)  # of a model that was here before
-    write_json(folder / "atelier.json", notes)
+    write_json(folder / NOTES, notes)
     (folder / "model_index.json").unlink(missing_ok=True)  # of a model that was here before
     if dtype is not torch.int8 and not for_atelier_alone(model):
         assert isinstance(model.conditioner, ClipTextEncoder | ClipTextPair)
@@ -299,7 +299,8 @@ def load_model(
         raise ValueError(f"variant={variant!r}: expected None or 'fp16'")
     dtype = dtype or torch.float32
     folder = find_model(where, revision=revision, variant=variant)
-    notes = read_json(folder / "atelier.json") if (folder / "atelier.json").is_file() else {}
+    said, how = folder / NOTES, folder / "scheduler" / "scheduler_config.json"
+    notes = read_json(said) if said.is_file() else {}
     if not notes and (folder / "model_index.json").is_file():
         kind = read_json(folder / "model_index.json").get("_class_name")
         if kind not in KINDS + XL_KINDS:
@@ -308,14 +309,19 @@ def load_model(
     small = read_json(folder / "unet" / "config.json").get("_class_name") == "PixelUNet"
     unet = open_network(PixelUNet if small else UNet, folder / "unet", dtype, variant)
     pixels = notes.get("vae") == "Identity"
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(how)
+    with blaming(how):
+        schedule_from(scheduler)
+    if pixels and not isinstance(notes.get("channels"), int):
+        raise ValueError(f"{said}: channels is {notes.get('channels')!r}, expected 1 or 3, those of a picture")
     told = load_conditioner(folder, notes, dtype, variant)
     model = Model(
         unet,
         Identity(notes["channels"]) if pixels else load_autoencoder(folder / "vae", None, variant),
         told,
         scheduler,
-        _defaults(notes, isinstance(told, ClipTextPair)),
+        # diffusers' defaults, where nothing is said
+        Defaults(**({"guidance_scale": 5.0} if isinstance(told, ClipTextPair) else {}) | read_defaults(notes, said)),
         # In float32 for any dtype: codes are few numbers, and inversion wants them exact.
         open_network(CodeDiffusion, folder / "codes") if (folder / "codes").is_dir() else None,
     )
@@ -324,10 +330,3 @@ def load_model(
         part.to(device)
     warn_of_differences(scheduler, model.learned_variance, model.steps_offset)
     return model
-
-
-def _defaults(notes: Mapping[str, Any], xl: bool) -> Defaults:
-    known = {k: v for k, v in notes.items() if k in Defaults.__dataclass_fields__}
-    defaults = Defaults(**({"guidance_scale": 5.0} if xl else {}) | known)  # diffusers' defaults
-    interval = defaults.guidance_interval
-    return replace(defaults, guidance_interval=(interval[0], interval[1]) if interval else None)

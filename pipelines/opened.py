@@ -7,10 +7,10 @@ from typing import Literal, Self
 
 import torch
 
-from pipelines.adapters import Loras
 from pipelines.device import best_device, data_type, usable_device
 from pipelines.embeddings import load_embedding
 from pipelines.folder import Model, for_atelier_alone, load_model, save_model
+from pipelines.loras import Loras
 
 LOG = logging.getLogger("atelier")
 
@@ -26,7 +26,7 @@ class OpenedModel:
     def __init__(self, model: Model, source: str = ""):
         self.model, self.source = model, source
         self.progress = True
-        self._loras = Loras(model)
+        self._loras = Loras.of(model)
         self._embeddings: list[str] = []  # what was learned from files
 
     @classmethod
@@ -105,7 +105,7 @@ class OpenedModel:
     @property
     def loras(self) -> dict[str, float]:
         """The LoRAs in use and their weights."""
-        return dict(self._loras.weights)
+        return self._loras.weights
 
     def load_lora(self, where: str | Path, weight: float = 1.0) -> None:
         """Merges a LoRA into the weights (arXiv:2106.09685); several add up. One that was trained to be painted with in

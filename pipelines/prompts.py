@@ -1,7 +1,5 @@
 """From prompts and negative prompts to the two contexts of classifier-free guidance."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,17 +35,17 @@ def contexts(
     cond, uncond = ([row[text] for text in part] for part in (prompts, group))
     needed = {text: conditioner.chunks([text]) for text in texts}
     own = torch.tensor([max(needed[text] for text in pair) for pair in zip(prompts, group, strict=True)])
-    with _skipping(conditioner, clip_skip):
-        if isinstance(conditioner, TextEncoder):
-            states = conditioner(texts)["encoder_hidden_states"]
-            mask = _mask(own, states)
-            return {"encoder_hidden_states": states[cond]} | mask, {"encoder_hidden_states": states[uncond]} | mask
-        states, summaries = conditioner.encode(texts)
-        # As diffusers: an empty text that was asked for is encoded, only no text at all may be zeros.
-        heard = 0 if negatives is None and conditioner.zero_null else 1
-        null = conditioner.context(states[uncond] * heard, summaries[uncond] * heard)
+    skipping = {"clip_skip": clip_skip} if isinstance(conditioner, ClipTextEncoder | ClipTextPair) else {}
+    if isinstance(conditioner, TextEncoder):
+        states = conditioner(texts, **skipping)["encoder_hidden_states"]
         mask = _mask(own, states)
-        return conditioner.context(states[cond], summaries[cond]) | mask, null | mask
+        return {"encoder_hidden_states": states[cond]} | mask, {"encoder_hidden_states": states[uncond]} | mask
+    states, summaries = conditioner.encode(texts, **skipping)
+    # As diffusers: an empty text that was asked for is encoded, only no text at all may be zeros.
+    heard = 0 if negatives is None and conditioner.zero_null else 1
+    null = conditioner.context(states[uncond] * heard, summaries[uncond] * heard)
+    mask = _mask(own, states)
+    return conditioner.context(states[cond], summaries[cond]) | mask, null | mask
 
 
 def _mask(own: Tensor, states: Tensor) -> dict[str, Tensor]:
@@ -56,16 +54,3 @@ def _mask(own: Tensor, states: Tensor) -> dict[str, Tensor]:
         return {}
     looked = torch.arange(int(own.max())) < own[:, None]
     return {"encoder_attention_mask": looked.repeat_interleave(states.shape[1] // looked.shape[1], 1).to(states.device)}
-
-
-@contextmanager
-def _skipping(encoder: TextEncoder | ClipTextPair, clip_skip: int | None) -> Iterator[None]:
-    """The encoder without its last layers, where asked for, and as it was afterwards."""
-    if clip_skip is None or not isinstance(encoder, ClipTextEncoder | ClipTextPair):
-        yield
-        return
-    kept, encoder.clip_skip = encoder.clip_skip, clip_skip
-    try:
-        yield
-    finally:
-        encoder.clip_skip = kept

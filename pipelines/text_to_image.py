@@ -25,6 +25,7 @@ from pipelines.arguments import (
     checked_sides,
     first_step,
     negative_list,
+    number,
     prompt_list,
     starting_noise,
     step_count,
@@ -32,6 +33,7 @@ from pipelines.arguments import (
     whole,
 )
 from pipelines.classifier import guided_to
+from pipelines.defaults import is_interval
 from pipelines.image import image_batch
 from pipelines.inpainting import begin, check_mask, mask_batch
 from pipelines.opened import OpenedModel
@@ -168,7 +170,7 @@ class TextToImagePipeline(OpenedModel):
             height, width = image.shape[2:]
         if mask is not None:
             mask = mask_batch(mask, len(prompts), num_images_per_prompt, *image.shape[2:])
-        height, width = checked_sides(height, width, model.size, factor)
+        height, width = checked_sides(height, width, model.sides, factor)
         shape = (len(prompts), model.vae.latent_channels, height // factor, width // factor)
         seeds, noise, unit = starting_noise(shape, seed, generator, latents)
         unit = unit.to(self.device, torch.float32)
@@ -229,11 +231,10 @@ class TextToImagePipeline(OpenedModel):
         Raises ValueError for a call without guidance that `asked` for a part of it.
         """
         model, defaults = self.model, self.model.defaults
-        if scale is not None and not math.isfinite(scale):
-            raise ValueError(f"guidance_scale={scale}: expected a number, 1 for no guidance")
-        if interval is not None and len(interval) != 2:
-            raise ValueError(f"guidance_interval={interval}: expected two noise levels, (low, high)")
-        scale = max(1.0, defaults.guidance_scale if scale is None else scale)
+        if interval is not None and not is_interval(interval):
+            raise ValueError(f"guidance_interval={interval!r}: expected two noise levels, (low, high)")
+        scale = defaults.guidance_scale if scale is None else number("guidance_scale", scale, "1 for no guidance")
+        scale = max(1.0, scale)
         if not model.is_told:
             scale = 1.0  # there is nothing to guide away from
         if scale == 1 and asked:

@@ -19,7 +19,8 @@ from conditioning.clip import ClipText, ClipTextConfig, ClipTextEncoder
 from conditioning.tokenizer import ClipTokenizer
 from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline
-from pipelines.folder import Defaults, Model, save_model, scheduler_config
+from pipelines.defaults import Defaults
+from pipelines.folder import Model, save_model, scheduler_config
 from vae.autoencoder import Autoencoder, AutoencoderConfig
 
 CAPTIONS = ["a red circle on a blue background", "a green square on a white background", "an oil painting of a fox"]

@@ -1,15 +1,18 @@
 """LoRA files: the names of every kind, what is written, and what fits nothing or is broken."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import pipelines.loras
 from pipelines import TextToImagePipeline
-from pipelines.adapters import NAME, read_lora, save_lora
+from pipelines.adapters import NAME, Factors, read_lora, save_lora
 from tests.lora import PATHS, factors, own_weights
 
 
@@ -86,6 +89,81 @@ def test_what_fits_nothing_is_named_and_changes_nothing(
     assert all(weight.equal(before[name]) for name, weight in own_weights(pipe).items())
 
 
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        ("not json", "in its header is not JSON"),
+        ("[]", "should be a JSON object"),
+        ('{"unet.lora_alpha": "x"}', "holds a value that makes no sense"),
+        ('{"painting": 3}', "what its header says of painting is 3"),
+        ('{"painting": {"steps": "many"}}', "steps is 'many', expected a whole number, at least 1"),
+        ('{"painting": {"sampler": "nope"}}', "sampler is 'nope', expected one of"),
+        ('{"painting": {"guidance_interval": 5}}', "guidance_interval is 5, expected two noise levels, or null"),
+        ('{"painting": {"scheduler": [1]}}', "expected names and values"),
+    ],
+)
+def test_a_broken_header_changes_nothing(tmp_path: Path, pipe: TextToImagePipeline, notes: str, message: str) -> None:
+    before, defaults = own_weights(pipe), pipe.model.defaults
+    file = tmp_path / "x.safetensors"
+    save_file(good(pipe), file, metadata={"lora_adapter_metadata": notes})
+    with pytest.raises(ValueError, match=f"{file}.*{message}"):
+        pipe.load_lora(file)
+    assert (pipe.loras, pipe.model.defaults) == ({}, defaults)
+    assert all(weight.equal(before[name]) for name, weight in own_weights(pipe).items())
+
+
+def test_a_merge_that_fails_half_way_leaves_what_was_there(
+    tmp_path: Path, pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (
+        save_lora(tmp_path / f"{i}.safetensors", factors(pipe.model, seed=i), {"unet": 2, "text_encoder": 2})
+        for i in range(2)
+    )
+    pipe.load_lora(first)
+    before = own_weights(pipe)
+    read = pipelines.loras.read_lora
+
+    def too_large(where: Path, model: Any) -> dict[str, Factors]:
+        found = read(where, model)
+        name = list(found)[-1]
+        return found | {name: found[name]._replace(up=torch.ones(1, 2))}
+
+    monkeypatch.setattr(pipelines.loras, "read_lora", too_large)
+    with pytest.raises(RuntimeError):
+        pipe.load_lora(second)
+    assert pipe.loras == {str(first): 1.0}
+    assert all(weight.equal(before[name]) for name, weight in own_weights(pipe).items())
+
+
+def test_two_pipelines_of_one_model_share_its_loras(tmp_path: Path, pipe: TextToImagePipeline) -> None:
+    before, other = own_weights(pipe), TextToImagePipeline(pipe.model)
+    one, two = (
+        save_lora(tmp_path / f"{i}.safetensors", factors(pipe.model, seed=i), {"unet": 2, "text_encoder": 2})
+        for i in range(2)
+    )
+    pipe.load_lora(one)
+    other.load_lora(two)
+    assert pipe.loras == other.loras == {str(one): 1.0, str(two): 1.0}
+    pipe.unload_loras()
+    assert other.loras == {}
+    assert all(weight.equal(before[name]) for name, weight in own_weights(other).items())
+
+
+def test_unloading_takes_back_what_the_lora_said_and_nothing_else(tmp_path: Path, pipe: TextToImagePipeline) -> None:
+    said = {"steps": 4, "sampler": "euler", "scheduler": {"timestep_spacing": "linspace"}}
+    file = save_lora(tmp_path, factors(pipe.model), {"unet": 2, "text_encoder": 2}, said)
+    defaults, scheduler = pipe.model.defaults, dict(pipe.model.scheduler)
+    pipe.load_lora(file)
+    assert (pipe.model.defaults.steps, pipe.model.defaults.sampler) == (4, "euler")
+    assert pipe.model.scheduler["timestep_spacing"] == "linspace"
+    pipe.model.defaults = replace(pipe.model.defaults, steps=7, guidance_scale=3.0)  # the caller's own wishes
+    pipe.set_lora(file, 0.0)
+    assert pipe.model.defaults == replace(defaults, steps=7, guidance_scale=3.0)
+    pipe.unload_loras()
+    assert pipe.model.defaults == replace(defaults, steps=7, guidance_scale=3.0)
+    assert list(pipe.model.scheduler.items()) == list(scheduler.items())
+
+
 def test_bad_files_and_names_say_what_to_do(
     tmp_path: Path, pipe: TextToImagePipeline, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,8 +187,9 @@ def test_bad_files_and_names_say_what_to_do(
     with pytest.raises(ValueError, match="no LoRA 'x' is loaded: none is"):
         pipe.set_lora("x", 1.0)
     file = save_lora(tmp_path / "good.safetensors", factors(pipe.model), {"unet": 2, "text_encoder": 2})
-    with pytest.raises(ValueError, match="weight=nan"):
-        pipe.load_lora(file, float("nan"))
+    for weight in (float("nan"), "0.5"):
+        with pytest.raises(ValueError, match=f"weight={weight!r}: expected a number, 1 as it was trained"):
+            pipe.load_lora(file, weight)  # type: ignore[arg-type]
     assert pipe.loras == {}
     for layers in ({}, {"vae": {}}, {"unet": {"conv_in.lora_A.weight": torch.ones(1, 4)}}):
         with pytest.raises(ValueError, match="a LoRA of"):

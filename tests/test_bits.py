@@ -14,7 +14,8 @@ from scipy import special, stats
 import atelier
 from conditioning.context import Unconditional
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
-from pipelines.folder import Defaults, Model, save_model, scheduler_config
+from pipelines.defaults import Defaults
+from pipelines.folder import Model, save_model, scheduler_config
 from train.bits import measure_bits, some_rows
 from train.data import to_unit
 from vae.autoencoder import Autoencoder, AutoencoderConfig, Identity

@@ -17,8 +17,9 @@ from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from ldm.unet import UNet
 from pipelines import TextToImagePipeline
 from pipelines.classifier import load_classifier
+from pipelines.defaults import Defaults
 from pipelines.files import save_network
-from pipelines.folder import Defaults, Model, scheduler_config
+from pipelines.folder import Model, scheduler_config
 from tests.conftest import tiny_model
 from train.build import begin_at_zero, without_text
 from vae.autoencoder import Identity

@@ -13,8 +13,9 @@ from conditioning.semantic import SemanticConfig, SemanticEncoder
 from ldm.unet import UNet, UNetConfig
 from pipelines import TextToImagePipeline, diffusion_autoencoder
 from pipelines.codes import CodeDiffusion, Codes, CodesConfig, fit_attribute, slerp
+from pipelines.defaults import Defaults
 from pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
-from pipelines.folder import Defaults, Model, save_model, scheduler_config
+from pipelines.folder import Model, save_model, scheduler_config
 from pipelines.image import image_batch
 from tests.conftest import tiny_model
 from vae.autoencoder import Identity, Posterior

@@ -14,8 +14,8 @@ from PIL import Image
 import atelier
 import train.evaluate
 import train.judge
+from pipelines.defaults import Defaults
 from pipelines.files import save_network
-from pipelines.folder import Defaults
 from tests.test_drawn import needs_font
 from train.evaluate import beside_training, draw_rows, evaluate, judged, open_pictogram_judge, several
 from train.extractors import open_extractor

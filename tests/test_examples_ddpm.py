@@ -11,8 +11,9 @@ from conditioning.context import Unconditional
 from examples import ancestral, classifier_guidance, learned_variance
 from ldm.classifier import NoisyClassifier, NoisyClassifierConfig, classification_loss
 from ldm.pixel_unet import PixelUNet, PixelUNetConfig
+from pipelines.defaults import Defaults
 from pipelines.files import save_network
-from pipelines.folder import Defaults, Model, save_model, scheduler_config
+from pipelines.folder import Model, save_model, scheduler_config
 from vae.autoencoder import Identity
 
 

@@ -4,19 +4,23 @@ import copy
 import itertools
 import json
 import pickle
+import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 from pipelines import TextToImagePipeline
-from pipelines.device import as_many_as_fit
+from pipelines.device import as_many_as_fit, exact_float32
 from pipelines.folder import load_model
 
 PROMPTS = ["a red circle on a blue background", "an oil painting of a fox"]
@@ -132,6 +136,27 @@ def test_clip_skip_is_of_one_call(pipe: TextToImagePipeline, xl_folder: Path) ->
         conditioner.clip_skip = before
 
 
+def test_calls_of_several_threads_do_not_meet(pipe: TextToImagePipeline) -> None:
+    calls = [{"clip_skip": skip, "seed": skip, "steps": 8, "output_type": "pt"} for skip in (0, 1, 0, 1)]
+    alone = [pipe(PROMPTS[0], **call).images for call in calls]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda call: pipe(PROMPTS[0], **call).images, calls))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_pictures_have_the_sides_that_the_network_was_trained_on(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "wide")
+    file = tmp_path / "wide" / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": [4, 6]}))
+    notes = tmp_path / "wide" / "atelier.json"
+    notes.write_text(json.dumps(json.loads(notes.read_text()) | {"size": None}))
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "wide", device="cpu")
+    assert pipe(PROMPTS[0], steps=1).images[0].size == (24, 16)
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "wide")
+    assert theirs(PROMPTS[0], num_inference_steps=1).images[0].size == (24, 16)
+
+
 def test_a_compiled_network_paints_the_same(model_folder: Path) -> None:
     """What a compiler is given by TorchDynamo is one graph, once for all steps and calls."""
     pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu")
@@ -203,7 +228,10 @@ def test_guidance_on_a_model_trained_without_dropout_warns(model_folder: Path) -
         ({"generator": [1]}, r"generator=\[1\]: expected"),
         ({"generator": [None]}, r"generator=\[None\]: expected"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan: expected a number"),
+        ({"guidance_scale": "3"}, "guidance_scale='3': expected a number"),
         ({"guidance_interval": (1.0,)}, r"guidance_interval=\(1.0,\): expected two noise levels"),
+        ({"guidance_interval": 5.0}, "guidance_interval=5.0: expected two noise levels"),
+        ({"latents": [1]}, "latents should be a tensor of shape .1, 4, 4, 4., got list"),
         ({"negative_prompt": ["a", "b"]}, "negative"),
         ({"spacing": "odd"}, "spacing"),
         ({"strength": 0.5}, "none was given"),
@@ -229,6 +257,21 @@ def test_numbers_of_numpy_are_numbers(pipe: TextToImagePipeline, tmp_path: Path)
     with Image.open(tmp_path / "two.png") as saved:
         settings = json.loads(saved.text["atelier"])  # type: ignore[attr-defined]
     assert (settings["steps"], settings["guidance_scale"]) == (2, 3.0)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "none"])
+def test_exact_float32_is_of_its_block_alone(precision: str) -> None:
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = precision
+        with exact_float32():
+            assert [switch.fp32_precision for switch in switches] == ["ieee"] * 2
+        assert [switch.fp32_precision for switch in switches] == [precision] * 2
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 def test_pictures_are_painted_as_many_at_a_time_as_fit() -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipelines.folder import load_model, save_model, schedule_from
 from pipelines.scheduler import grid_of, sampler_options
 from tests.conftest import tiny_model
 from train.build import open_autoencoder
+from vae.autoencoder import Autoencoder
 
 PROMPTS = ["a red circle on a blue background", "an oil painting of a fox"]
 
@@ -224,6 +226,47 @@ def test_bad_folders_say_what_to_do(tmp_path: Path, model_folder: Path) -> None:
             TextToImagePipeline.from_pretrained(broken)
     with pytest.raises(ValueError, match="expected float32, bfloat16 or float16"):
         TextToImagePipeline.from_pretrained(model_folder, dtype="float8_e4m3fn")
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "message"),
+    [
+        ("atelier.json", {"guidance_interval": 5}, "guidance_interval is 5, expected two noise levels, or null"),
+        ("atelier.json", {"steps": "20"}, "steps is '20', expected a whole number"),
+        ("atelier.json", {"sampler": "zzz"}, "sampler is 'zzz', expected one of"),
+        ("atelier.json", {"conditioning": "labels"}, "KeyError: 'labels'"),
+        ("atelier.json", {"conditioning": "smell"}, "conditioning is 'smell', expected one of clip, labels"),
+        ("atelier.json", {"vae": "Identity"}, "channels is None, expected 1 or 3"),
+        ("scheduler/scheduler_config.json", {"path": "flow"}, "KeyError: 'prediction'"),
+        ("scheduler/scheduler_config.json", {"path": "edm"}, "KeyError: 'sigma_data'"),
+        ("scheduler/scheduler_config.json", {"path": "spiral"}, "path='spiral' is not implemented"),
+        ("scheduler/scheduler_config.json", {"beta_start": None}, "TypeError"),
+        ("scheduler/scheduler_config.json", {"_class_name": 3}, "AttributeError"),
+        ("unet/config.json", {"block_out_channels": 64}, "TypeError"),
+        ("unet/config.json", {"norm_num_groups": 0}, "norm_num_groups|ZeroDivisionError"),
+        ("unet/config.json", {"down_block_types": None}, "TypeError"),
+        ("vae/config.json", {"latent_channels": -4}, "RuntimeError"),
+        ("text_encoder/config.json", {"hidden_size": "32"}, "TypeError"),
+    ],
+)
+def test_a_broken_config_is_named(tmp_path: Path, model_folder: Path, file: str, value: dict, message: str) -> None:
+    shutil.copytree(model_folder, tmp_path / "broken")
+    config = tmp_path / "broken" / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | value))
+    with pytest.raises(ValueError, match=f"{config}.*(?:{message})"):
+        load_model(tmp_path / "broken")
+
+
+def test_other_broken_files_are_named(tmp_path: Path, model_folder: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(model_folder, folder)
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected a JSON object, got a list"):
+        load_model(folder)
+    model = load_model(model_folder)
+    grey = Autoencoder(replace(model.vae.config, in_channels=1, out_channels=1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="takes 1 and puts out 1 channels of a picture: expected 3 and 3"):
+        replace(model, vae=grey)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from ldm.pixel_unet import PixelUNet, PixelUNetConfig
 from ldm.transformer import PictureTransformer
 from ldm.unet import UNet, UNetConfig
 from pipelines.conditioners import load_conditioner
+from pipelines.defaults import Defaults
 from pipelines.files import load_autoencoder, newest
 from pipelines.find import find_autoencoder, find_model
-from pipelines.folder import Defaults, Model, load_model, scheduler_config
+from pipelines.folder import Model, load_model, scheduler_config
 from train.captions import clean
 from train.launch import matrix_type, sharding
 from train.muon import BETAS, Muon

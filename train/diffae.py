@@ -25,9 +25,10 @@ from tqdm import tqdm
 from conditioning.semantic import SemanticConfig, SemanticEncoder
 from ldm.loss import Weight, denoising_loss, training_noise, training_weight
 from ldm.unet import UNetConfig
+from pipelines.defaults import Defaults
 from pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
 from pipelines.files import checkpoints
-from pipelines.folder import Defaults, Model, save_model, scheduler_config
+from pipelines.folder import Model, save_model, scheduler_config
 from train.build import fitted, new_unet, open_autoencoder, side_for
 from train.cache import cache_latents
 from train.checkpoints import common_state, resume, save_checkpoint, take_up
