@@ -87,7 +87,7 @@ def test_parquet_rows_that_lack_something_are_left_out(tmp_path: Path, capsys: p
     out = capsys.readouterr().out
     assert "left out picture 10" in out
     assert "left out picture 20" in out
-    assert "left out row 30: no caption" in out
+    assert f"left out {file}: row 30: no caption" in out
 
 
 def test_parquet_files_of_a_folder_are_one_set(tmp_path: Path) -> None:

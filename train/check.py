@@ -78,7 +78,7 @@ class Found:
         if one.size:
             of, first = self.contents.setdefault(one.content, (part, one.key))
             if (of, first) != (part, one.key):
-                self.copies.append((one.key, first if of == part else f"{first} of {of}"))
+                self.copies.append((one.key, first))
         self.captions.update(one.captions)
         self.several += len(one.captions) > 1
 

@@ -118,7 +118,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(5):
         began = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best

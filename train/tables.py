@@ -86,6 +86,7 @@ class ParquetSource:
     rows: Any  # datasets.Dataset, whose pictures stay undecoded
     columns: Columns
     files: list[Path]  # that decide what it holds
+    where: str  # what messages call it: rows of several files are counted through
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -96,11 +97,11 @@ class ParquetSource:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        return row_of(self.rows[index], self.columns, f"row {index}").example()
+        return row_of(self.rows[index], self.columns, f"{self.where}: row {index}").example()
 
     def picture_size(self, index: int) -> tuple[int, int]:
         """(width, height), from the header alone."""
-        return row_of(self.rows[index], self.columns, f"row {index}").size()
+        return row_of(self.rows[index], self.columns, f"{self.where}: row {index}").size()
 
     def first_captions(self) -> set[str]:
         """The distinct canonical captions, without a look at the pictures."""
@@ -120,7 +121,8 @@ def open_parquet(files: list[Path], template: Template | None = None, *, bare: b
         rows = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         raise ValueError(f"cannot read {files[0]} as parquet: {error.__cause__ or error}") from None
-    return source_of(rows, str(files[0]), files, template, bare)
+    where = str(files[0]) + (f" to {files[-1].name}" if len(files) > 1 else "")
+    return source_of(rows, where, files, template, bare)
 
 
 def open_hub(name: str, split: str, template: Template | None = None, *, bare: bool = False) -> ParquetSource:
@@ -144,7 +146,7 @@ def source_of(rows: Any, where: str, files: list[Path], template: Template | Non
     if not len(rows):
         raise ValueError(f"{where} holds no rows")
     columns = find_columns(rows.features, where, template, bare=bare)
-    return ParquetSource(rows.cast_column(columns.image, datasets.Image(decode=False)), columns, files)
+    return ParquetSource(rows.cast_column(columns.image, datasets.Image(decode=False)), columns, files, where)
 
 
 def row_of(row: dict[str, Any], columns: Columns, key: str) -> Stored:
