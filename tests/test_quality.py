@@ -132,19 +132,19 @@ def test_distances_of_known_faults(options: Any, tmp_path: Path) -> None:
     from PIL import Image
 
     (tmp_path / "set").mkdir()
-    for i in range(30):
+    for i in range(48):
         colour = ("red", "green", "blue")[i % 3]
         Image.new("RGB", (9, 9), colour).save(tmp_path / "set" / f"{i}.png")
         (tmp_path / "set" / f"{i}.txt").write_text(colour)
     distances = runpy.run_path(str(ROOT / "benchmarks" / "distances.py"))
     asked = distances["Options"](
-        str(tmp_path / "set"), str(tmp_path / "set"), options.extractor, count=30, levels=(1.0, 60.0), without="red"
+        str(tmp_path / "set"), str(tmp_path / "set"), options.extractor, count=48, levels=(1.0, 60.0), without="red"
     )
     asked = replace(asked, out=tmp_path / "distances.json", cache=tmp_path / "cache")
     found = distances["main"](asked)
-    assert abs(found["30 pictures"]) < 1e-3  # of a set to itself
-    assert found["without 'red'"] > 10 * abs(found["30 pictures"])
-    assert found["noise of 60"] > found["noise of 1"] > abs(found["30 pictures"])
+    assert abs(found["48 pictures"]) < 1e-3  # of a set to itself
+    assert found["without 'red'"] > 10 * abs(found["48 pictures"])
+    assert found["noise of 60"] > found["noise of 1"] > abs(found["48 pictures"])
     assert json.loads(asked.out.read_text())["distances"] == found
     with pytest.raises(ValueError, match="blue, green, red: leaving out those of 'pink'"):
         distances["main"](replace(asked, without="pink"))
