@@ -83,8 +83,9 @@ class ClipTokenizer:
         clean: Any = self.backend.normalizer
         known = {clean.normalize_str(token.content) for token in self.backend.get_added_tokens_decoder().values()}
         for token, vectors in tokens.items():
-            pieces = [clean.normalize_str(piece) for piece in _pieces(token, vectors + 1)]  # the one behind it, too
-            there = [p for p in pieces if p in known or self.backend.token_to_id(p) is not None]
+            raw = _pieces(token, vectors + 1)  # and the one behind them
+            pieces = [clean.normalize_str(piece) for piece in raw]
+            there = [p for p in pieces + raw if p in known or self.backend.token_to_id(p) is not None]
             base, _, row = pieces[0].rpartition("_")
             why = "" if token.strip() else "it is empty"
             if there:
@@ -135,8 +136,8 @@ class ClipTokenizer:
         folder = Path(folder)
         config = _json(folder / "tokenizer_config.json", {})
         whole = _json(folder / "tokenizer.json", {})
-        added = {int(i): _token(token) for i, token in config.get("added_tokens_decoder", {}).items()}
         try:
+            added = {int(i): _token(token) for i, token in config.get("added_tokens_decoder", {}).items()}
             model = whole.get("model") or _vocabulary_files(folder)
             if not added:  # as transformers before 4.34 wrote folders; there special_tokens_map.json has the last word
                 config |= _json(folder / "special_tokens_map.json", {})
@@ -151,7 +152,7 @@ class ClipTokenizer:
             return cls(
                 model["vocab"],
                 [(first, second) for first, second in pairs],
-                length=config.get("model_max_length"),
+                length=None if config.get("model_max_length") is None else int(config["model_max_length"]),
                 bos=_content(config.get("bos_token") or BOS),
                 eos=_content(config.get("eos_token") or EOS),
                 pad=_content(config.get("pad_token") or EOS),
@@ -159,7 +160,9 @@ class ClipTokenizer:
                 lower_case=config.get("do_lower_case", True),
                 added=added,
             )
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if str(folder) in str(error):
+                raise
             raise ValueError(
                 f"{folder}: not a CLIP tokenizer (a byte-pair vocabulary and its merges): {error}"
             ) from error

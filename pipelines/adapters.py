@@ -99,6 +99,13 @@ def read_lora(where: str | Path, model: Model) -> dict[str, Factors]:
     """
     file = find_file(where, (NAME, PEFT))
     tensors, header = read_tensors(file)
+    with blaming(file):
+        return _factors_of(file, tensors, header, model)
+
+
+def _factors_of(
+    file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], model: Model
+) -> dict[str, Factors]:
     if other := next((kind for key in tensors for mark, kind in OTHER_KINDS.items() if mark in key), None):
         raise ValueError(f"{file} holds {other}, which is not implemented: only LoRA, W + B A, is")
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -111,7 +118,7 @@ def read_lora(where: str | Path, model: Model) -> dict[str, Factors]:
     alphas = {key.removesuffix(".alpha"): float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     if not pairs:
         raise ValueError(f"{file} holds no LoRA: expected keys such as unet.….lora_A.weight, got {_some(tensors)}")
-    notes = _notes(file, header, alphas)
+    notes, noted = _notes(file, header, alphas)
     layers = layers_of(model)
     names = {name.replace(".", "_"): name for name in layers}
     factors: dict[str, Factors] = {}
@@ -131,7 +138,7 @@ def read_lora(where: str | Path, model: Model) -> dict[str, Factors]:
             sizes = f"{tuple(up.shape)} times {tuple(down.shape)} for a weight of {tuple(weight.shape)}"
             strange.append(f"{stem} ({sizes})")
             continue
-        with blaming(file):
+        with blaming(noted):
             factors[name] = Factors(down, up, _scale(name, rank, alphas.get(stem), notes))
     strange += [f"{stem}.alpha" for stem in alphas if stem not in pairs]
     if strange:
@@ -205,17 +212,16 @@ def _candidates(stem: str, model: Model) -> Iterator[str]:
         yield re.sub("_to_(q|k|v|out)$", r"_\1_proj", full)
 
 
-def _notes(file: Path, header: Mapping[str, str], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """peft's settings of a file: in its header, or in the file that peft writes beside its own."""
-    if NOTES in header:
-        return _header_notes(file, header)
-    if file.name == PEFT and (file.parent / PEFT_CONFIG).is_file():
-        return read_json(file.parent / PEFT_CONFIG)
-    if file.name == PEFT and not alphas:
+def _notes(file: Path, header: Mapping[str, str], alphas: Mapping[str, float]) -> tuple[dict[str, Any], Path]:
+    """peft's settings of a file, and where they are: in its header, or in the file that peft writes beside its own."""
+    beside = file.parent / PEFT_CONFIG
+    if NOTES not in header and file.name == PEFT and beside.is_file():
+        return read_json(beside), beside
+    if NOTES not in header and file.name == PEFT and not alphas:
         raise ValueError(
             f"{file} is of peft, and {PEFT_CONFIG}, which peft writes beside it, is missing: its strength is there"
         )
-    return {}
+    return _header_notes(file, header), file
 
 
 def _header_notes(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
@@ -242,6 +248,8 @@ def _scale(name: str, rank: int, alpha: float | None, notes: Mapping[str, Any]) 
         alpha = found[0] if found else note("lora_alpha")
     if alpha is None:
         return 1.0
+    if not math.isfinite(alpha):
+        raise ValueError(f"the alpha of {name} is {alpha}, expected a number")
     return alpha / (math.sqrt(rank) if note("use_rslora") else rank)
 
 

@@ -28,7 +28,7 @@ def number(name: str, value: Any, expected: str) -> float:
     """Python's own float of a finite number of any kind; ValueError for anything else."""
     try:
         found = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise ValueError(f"{name}={value!r}: expected a number, {expected}")

@@ -93,6 +93,8 @@ def _clip(folder: Path, encoder: str, tokenizer: str, dtype: torch.dtype, varian
     file = folder / encoder / "config.json"
     values, weights = read_json(file), read_weights(folder / encoder, "model", variant)
     with blaming(file):
-        tower = ClipText.from_weights(ClipTextConfig.from_dict(values), weights)
+        config = ClipTextConfig.from_dict(values)
+    with blaming(folder / encoder):
+        tower = ClipText.from_weights(config, weights)
     tower = tower.to(dtype).eval().requires_grad_(False)
     return ClipTextEncoder(tower, ClipTokenizer.from_folder(folder / tokenizer))

@@ -33,9 +33,9 @@ def _number(value: Any) -> bool:
 
 
 def is_interval(value: Any) -> bool:
-    """Two noise levels, of which one may be infinite."""
-    pair = isinstance(value, list | tuple) and len(value) == 2
-    return pair and all(isinstance(level, Real) and not math.isnan(level) for level in value)
+    """A noise level and a higher one, which may be infinite."""
+    pair = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(level, Real) for level in value)
+    return pair and value[0] < value[1]
 
 
 EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {

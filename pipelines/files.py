@@ -40,9 +40,13 @@ def blaming(file: Path) -> Iterator[None]:
     """Whatever a config in this file makes fail, inside, is a ValueError that names it."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except ValueError as error:
+        if str(file) in str(error):
+            raise
         raise ValueError(f"{file}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, re.error) as error:
         raise ValueError(f"{file} holds a value that makes no sense ({type(error).__name__}: {error})") from error
 
 

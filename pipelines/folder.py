@@ -5,6 +5,7 @@ This module and `pipelines.conditioners` alone know checkpoint layouts. A model 
 the layout can't say is saved without model_index.json, for Atelier alone; `for_atelier_alone` says why.
 """
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -52,7 +53,7 @@ class Model:
     scheduler: dict[str, Any]
     defaults: Defaults = field(default_factory=Defaults)
     codes: CodeDiffusion | None = None
-    loras: Any = field(default=None, init=False, repr=False, compare=False)  # `pipelines.loras.Loras` of its own
+    loras: Any = field(default=None, repr=False, compare=False)  # `pipelines.loras.Loras`: what is merged into it
 
     def __post_init__(self) -> None:
         self.schedule, self.prediction = schedule_from(self.scheduler)
@@ -140,8 +141,9 @@ class Model:
 
     @property
     def size(self) -> int:
-        """The longer of these sides, which are the same in most models."""
-        return max(self.sides)
+        """Side of a square of about as many pixels: most models paint squares."""
+        factor = self.vae.downscale
+        return round(math.sqrt(math.prod(self.sides)) / factor) * factor
 
     def parts(self) -> tuple[nn.Module, ...]:
         return (self.unet, self.vae, self.conditioner, *([self.codes] if self.codes is not None else []))
@@ -312,7 +314,7 @@ def load_model(
     scheduler = read_json(how)
     with blaming(how):
         schedule_from(scheduler)
-    if pixels and not isinstance(notes.get("channels"), int):
+    if pixels and str(notes.get("channels")) not in ("1", "3"):
         raise ValueError(f"{said}: channels is {notes.get('channels')!r}, expected 1 or 3, those of a picture")
     told = load_conditioner(folder, notes, dtype, variant)
     model = Model(

@@ -26,7 +26,7 @@ class OpenedModel:
     def __init__(self, model: Model, source: str = ""):
         self.model, self.source = model, source
         self.progress = True
-        self._loras = Loras.of(model)
+        model.loras = model.loras or Loras()
         self._embeddings: list[str] = []  # what was learned from files
 
     @classmethod
@@ -105,7 +105,7 @@ class OpenedModel:
     @property
     def loras(self) -> dict[str, float]:
         """The LoRAs in use and their weights."""
-        return self._loras.weights
+        return self.model.loras.weights
 
     def load_lora(self, where: str | Path, weight: float = 1.0) -> None:
         """Merges a LoRA into the weights (arXiv:2106.09685); several add up. One that was trained to be painted with in
@@ -119,7 +119,7 @@ class OpenedModel:
         Raises:
             ValueError: none is there, or a part of it fits nothing in this model, which then stays as it is.
         """
-        self._loras.load(where, weight)
+        self.model.loras.load(self.model, where, weight)
 
     def load_loras(self, places: Sequence[str | Path], weights: Sequence[float]) -> None:
         """Several, as a command line names them; weights: one for each, or one for all. ValueError for others."""
@@ -130,11 +130,11 @@ class OpenedModel:
 
     def set_lora(self, where: str | Path, weight: float) -> None:
         """Another weight for a LoRA, by what it was loaded from; ValueError if none was."""
-        self._loras.set(where, weight)
+        self.model.loras.set(self.model, where, weight)
 
     def unload_loras(self) -> None:
         """Removes every LoRA: the weights are what they were, to the bit."""
-        self._loras.unload()
+        self.model.loras.unload(self.model)
 
     def load_embedding(self, where: str | Path, token: str | None = None) -> tuple[str, ...]:
         """Teaches the text encoder learned tokens, for prompts (textual inversion, arXiv:2208.01618); returns them.

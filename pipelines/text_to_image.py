@@ -143,6 +143,7 @@ class TextToImagePipeline(OpenedModel):
         prompts = prompt_list(prompt)
         height, width = (s if s is None else whole(n, s) for n, s in (("height", height), ("width", width)))
         steps = step_count(steps, num_inference_steps, defaults.steps)
+        clip_skip = clip_skip if clip_skip is None else whole("clip_skip", clip_skip)
         num_images_per_prompt = whole("num_images_per_prompt", num_images_per_prompt)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: expected at least 1")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pipelines.loras
 from pipelines import TextToImagePipeline
-from pipelines.adapters import NAME, Factors, read_lora, save_lora
+from pipelines.adapters import NAME, Factors, layers_of, read_lora, save_lora
 from tests.lora import PATHS, factors, own_weights
 
 
@@ -100,6 +100,10 @@ def test_what_fits_nothing_is_named_and_changes_nothing(
         ('{"painting": {"sampler": "nope"}}', "sampler is 'nope', expected one of"),
         ('{"painting": {"guidance_interval": 5}}', "guidance_interval is 5, expected two noise levels, or null"),
         ('{"painting": {"scheduler": [1]}}', "expected names and values"),
+        ('{"painting": {"scheduler": {"timestep_spacing": 3}}}', "spacing"),
+        ('{"painting": {"scheduler": {"prediction_type": "sample"}}}', "its scheduler is of prediction sample"),
+        ('{"unet.lora_alpha": NaN}', "is nan, expected a number"),
+        ('{"unet.lora_alpha": 2, "unet.alpha_pattern": {"(": 1}}', "holds a value that makes no sense"),
     ],
 )
 def test_a_broken_header_changes_nothing(tmp_path: Path, pipe: TextToImagePipeline, notes: str, message: str) -> None:
@@ -125,11 +129,11 @@ def test_a_merge_that_fails_half_way_leaves_what_was_there(
 
     def too_large(where: Path, model: Any) -> dict[str, Factors]:
         found = read(where, model)
-        name = list(found)[-1]
+        name = [layer for layer in layers_of(model) if layer in found][-1]
         return found | {name: found[name]._replace(up=torch.ones(1, 2))}
 
     monkeypatch.setattr(pipelines.loras, "read_lora", too_large)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError):  # in the last of the layers
         pipe.load_lora(second)
     assert pipe.loras == {str(first): 1.0}
     assert all(weight.equal(before[name]) for name, weight in own_weights(pipe).items())
@@ -146,6 +150,7 @@ def test_two_pipelines_of_one_model_share_its_loras(tmp_path: Path, pipe: TextTo
     assert pipe.loras == other.loras == {str(one): 1.0, str(two): 1.0}
     pipe.unload_loras()
     assert other.loras == {}
+    assert TextToImagePipeline(replace(pipe.model)).loras == {}
     assert all(weight.equal(before[name]) for name, weight in own_weights(other).items())
 
 
@@ -157,6 +162,8 @@ def test_unloading_takes_back_what_the_lora_said_and_nothing_else(tmp_path: Path
     assert (pipe.model.defaults.steps, pipe.model.defaults.sampler) == (4, "euler")
     assert pipe.model.scheduler["timestep_spacing"] == "linspace"
     pipe.model.defaults = replace(pipe.model.defaults, steps=7, guidance_scale=3.0)  # the caller's own wishes
+    pipe.load_lora(save_lora(tmp_path / "other.safetensors", factors(pipe.model), {"unet": 2, "text_encoder": 2}))
+    assert (pipe.model.defaults.steps, pipe.model.defaults.sampler) == (7, "euler")
     pipe.set_lora(file, 0.0)
     assert pipe.model.defaults == replace(defaults, steps=7, guidance_scale=3.0)
     pipe.unload_loras()
@@ -187,6 +194,11 @@ def test_bad_files_and_names_say_what_to_do(
     with pytest.raises(ValueError, match="no LoRA 'x' is loaded: none is"):
         pipe.set_lora("x", 1.0)
     file = save_lora(tmp_path / "good.safetensors", factors(pipe.model), {"unet": 2, "text_encoder": 2})
+    for alpha, lowest in ((torch.ones(2), "one element"), (torch.tensor(2.0), "")):
+        tensors = {"lora_unet_conv_in.alpha": alpha, "lora_unet_conv_in.lora_up.weight": torch.ones(3)}
+        save_file(tensors | {"lora_unet_conv_in.lora_down.weight": torch.tensor(1.0)}, tmp_path / "odd.safetensors")
+        with pytest.raises(ValueError, match=f"{tmp_path / 'odd.safetensors'}.*{lowest}"):
+            pipe.load_lora(tmp_path / "odd.safetensors")
     for weight in (float("nan"), "0.5"):
         with pytest.raises(ValueError, match=f"weight={weight!r}: expected a number, 1 as it was trained"):
             pipe.load_lora(file, weight)  # type: ignore[arg-type]

@@ -126,6 +126,7 @@ def test_the_file_is_diffusers_own(tmp_path: Path) -> None:
         ({"<known>": torch.ones(1, 32)}, None, "'<known>' is known"),
         ({"x": torch.ones(1, 32)}, "<two>", "'<two>' is known"),
         ({"x": torch.ones(1, 32)}, "<KNOWN>", "'<known>' is known"),  # prompts are read in lower case
+        ({"x": torch.ones(1, 32)}, "Ń", "'Ń' is known"),  # a byte's symbol, in capitals
         ({"x": torch.ones(1, 32)}, "<known>_1", "further vector of '<known>'"),
         ({"<a>": torch.ones(2, 32), "<a>_2": torch.ones(1, 32)}, None, "further vector of '<a>'"),
         ({"<a>_1": torch.ones(1, 32), "<a>": torch.ones(1, 32)}, None, "further vector of '<a>'"),

@@ -1,12 +1,13 @@
 """What the pipeline promises to its callers."""
 
 import copy
+import gc
 import itertools
 import json
 import pickle
 import shutil
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,26 @@ def test_clip_skip_is_of_one_call(pipe: TextToImagePipeline, xl_folder: Path) ->
         conditioner.clip_skip = before
 
 
-def test_calls_of_several_threads_do_not_meet(pipe: TextToImagePipeline) -> None:
-    calls = [{"clip_skip": skip, "seed": skip, "steps": 8, "output_type": "pt"} for skip in (0, 1, 0, 1)]
-    alone = [pipe(PROMPTS[0], **call).images for call in calls]
-    with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(lambda call: pipe(PROMPTS[0], **call).images, calls))
-    for one, other in zip(alone, together, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+def test_a_call_within_another_changes_nothing_of_it(pipe: TextToImagePipeline) -> None:
+    call: dict[str, Any] = {"clip_skip": 1, "seed": 1, "steps": 3, "output_type": "pt"}
+    alone, conditioner = pipe(PROMPTS[0], **call).images, pipe.model.conditioner
+    seen = []
+    hook = conditioner.tower.register_forward_hook(lambda *_: seen.append(conditioner.clip_skip))
+    within = pipe(PROMPTS[0], **call, callback=lambda *_: pipe(PROMPTS[1], steps=1, clip_skip=2, output_type="latent"))
+    hook.remove()
+    assert within.images.equal(alone)
+    assert set(seen) == {0}  # a call's own is handed on, not set where other threads would see it
+
+
+def test_a_pipeline_that_nobody_has_is_gone(model_folder: Path) -> None:
+    gc.disable()  # which would find cycles, but late, with a GPU's memory full
+    try:
+        pipe = TextToImagePipeline.from_pretrained(model_folder, device="cpu")
+        unet = weakref.ref(pipe.model.unet)
+        del pipe
+        assert unet() is None
+    finally:
+        gc.enable()
 
 
 def test_pictures_have_the_sides_that_the_network_was_trained_on(model_folder: Path, tmp_path: Path) -> None:
@@ -228,6 +242,9 @@ def test_guidance_on_a_model_trained_without_dropout_warns(model_folder: Path) -
         ({"generator": [1]}, r"generator=\[1\]: expected"),
         ({"generator": [None]}, r"generator=\[None\]: expected"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan: expected a number"),
+        ({"guidance_scale": 10**400}, "expected a number"),
+        ({"clip_skip": "1"}, "clip_skip='1': expected a whole number"),
+        ({"guidance_interval": (5, 1)}, "expected two noise levels"),
         ({"guidance_scale": "3"}, "guidance_scale='3': expected a number"),
         ({"guidance_interval": (1.0,)}, r"guidance_interval=\(1.0,\): expected two noise levels"),
         ({"guidance_interval": 5.0}, "guidance_interval=5.0: expected two noise levels"),

@@ -260,9 +260,17 @@ def test_a_broken_config_is_named(tmp_path: Path, model_folder: Path, file: str,
 def test_other_broken_files_are_named(tmp_path: Path, model_folder: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(model_folder, folder)
-    (folder / "tokenizer" / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected a JSON object, got a list"):
-        load_model(folder)
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    own = json.loads(config.read_text())
+    for value, message in (
+        ([1], f"{config}: expected a JSON object, got a list"),
+        ({**own, "added_tokens_decoder": {"1": {}}}, f"{config.parent}: not a CLIP tokenizer"),
+        ({**own, "added_tokens_decoder": [1]}, f"{config.parent}: not a CLIP tokenizer"),
+        ({**own, "model_max_length": "x"}, f"{config.parent}: not a CLIP tokenizer"),
+    ):
+        config.write_text(json.dumps(value))
+        with pytest.raises(ValueError, match=message):
+            load_model(folder)
     model = load_model(model_folder)
     grey = Autoencoder(replace(model.vae.config, in_channels=1, out_channels=1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="takes 1 and puts out 1 channels of a picture: expected 3 and 3"):

@@ -218,6 +218,10 @@ def _of_features(
         if needing and not any(given.captions):
             raise ValueError(f"{needing[0]} compares pictures with their captions, and those of {how.model} have none")
     else:
+        if len(set(pipe.model.sides)) > 1:
+            raise ValueError(
+                f"{how.model} paints {' × '.join(map(str, pipe.model.sides))}: expected a model of squares"
+            )
         if how.size not in (None, pipe.model.size):
             raise ValueError(f"--size {how.size} is for folders of pictures: this model paints {pipe.model.size}")
         size, count = pipe.model.size, how.samples or (10_000 if accelerator.device.type == "cuda" else 1000)

@@ -136,7 +136,7 @@ def open_hub(name: str, split: str, template: Template | None = None, *, bare: b
             f"--data {name!r} is nothing on this machine, and as a data set of the hub (split {split!r}) it cannot be "
             f"loaded: {type(error).__name__}: {error}"
         ) from None
-    return source_of(rows, name, [Path(f["filename"]) for f in rows.cache_files], template, bare)
+    return source_of(rows, f"{name}:{split}", [Path(f["filename"]) for f in rows.cache_files], template, bare)
 
 
 def source_of(rows: Any, where: str, files: list[Path], template: Template | None, bare: bool) -> ParquetSource:
